@@ -85,7 +85,7 @@ def keep_core(user, item, weight, min_user, min_item):
     `weight` (E,) is 1 on rows that count (the first row of an event group), else 0."""
     keep, stages = np.ones(len(user), bool), []
     while True:
-        stages.append({"users": len(np.unique(user[keep])), "items": len(np.unique(item[keep])), "events": int(keep.sum())})
+        stages.append({"users": int((np.bincount(user[keep]) > 0).sum()), "items": int((np.bincount(item[keep]) > 0).sum()), "events": int(keep.sum())})
         w = weight * keep
         enough_item = np.bincount(item, w)[item] >= min_item
         w = w * enough_item
@@ -279,8 +279,10 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
     wanted = _wanted(target, found, name)
     if split == "leave_one_out" and not wanted: flat, counts["users_too_short"] = _drop_short(flat, 3, name)
     flat.user, users = _renumber(flat.user, users); flat.item, items = _renumber(flat.item, items)
-    place, behaviors = _behavior_order(list(found), behaviors, name)
-    flat.behavior = place[flat.behavior]; wanted = tuple(int(place[w]) for w in wanted)
+    used, left = _renumber(flat.behavior, found)
+    place, behaviors = _behavior_order(list(left), behaviors, name)
+    wanted = tuple(int(place[list(left).index(found[w])]) for w in wanted)
+    flat.behavior = place[used]
     offsets = np.append(0, np.cumsum(np.bincount(flat.user, minlength=len(users)))).astype(np.int64)
     parts, how = _split(flat, offsets, wanted, split, cuts, cut_shares, which, events.unit, name)
     parts, dropped = _usable(*parts, flat, cold)

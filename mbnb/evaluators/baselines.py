@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DONE_PAIRS', 'N_NEIGHBORS', 'SHRINK', 'DECAY', 'RECENT_DAYS', 'BASELINES', 'LEAST_CASES', 'RIVALS', 'ragged',
            'TrainEvents', 'train_events', 'last_of_pairs', 'Learned', 'learn_behaviors', 'Fitted', 'row_sums',
-           'kth_largest', 'keep_largest', 'knn_weights', 'Scores', 'NotApplicable', 'PerCase', 'Shared', 'Chunk', 'pop',
-           'pop_behavior', 'pop_recent', 'copy_recency', 'copy_pop', 'copy_count', 'copy_behavior', 'markov',
-           'markov_behavior', 'item_knn', 'rank_baselines', 'baseline_rows', 'baseline_notes', 'Badge', 'badges']
+           'kth_largest', 'keep_largest', 'knn_weights', 'Scores', 'NotApplicable', 'PerCase', 'Sorted', 'Shared',
+           'Chunk', 'pop', 'pop_behavior', 'pop_recent', 'copy_recency', 'copy_pop', 'copy_count', 'copy_behavior',
+           'markov', 'markov_behavior', 'item_knn', 'rank_baselines', 'baseline_rows', 'baseline_notes', 'Badge',
+           'badges']
 
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-3
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,7 @@ class NotApplicable:
 class PerCase:
     "Own scores, one row a case: `table` CSR float64 (B,V) without stored zeros."
     def __init__(self, table, base): self.table, self.base = table, base
-    def row(self, place): return place
+    def stored(self, place, item): return self.table[place, item]
 
     def above(self, s):
         "What own scores add to (above, equal) of the base count at `s` (B,)."
@@ -204,28 +205,40 @@ class PerCase:
         return (row_sums(t.data > s, t.indptr) - row_sums(base > s, t.indptr), row_sums(t.data == s, t.indptr) - row_sums(base == s, t.indptr))
 
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-33
+class Sorted:
+    "A CSR float64 (U,V) without stored zeros and what is needed to search it; `base` (V,) is what its entries replace."
+    def __init__(self, table, base):
+        self.table, row = table, _row_of(table)
+        self.place = row * table.shape[1] + table.indices
+        self.values = [self._ordered(row, v) for v in (table.data, base[table.indices])]
+
+    @staticmethod
+    def _ordered(row, values):
+        "-> (levels, key): the distinct `values`, and the entries as row * (levels + 1) + level, sorted."
+        levels, code = np.unique(values, return_inverse=True)
+        return levels, np.sort(row * (len(levels) + 1) + code)
+
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-34
 class Shared:
-    "Own scores in rows that cases share: `table` CSR float64 (U,V) without stored zeros, case b reads row `which[b]`; `search` from another Shared of the same table."
-    def __init__(self, table, base, which, search=None):
-        self.table, self.which = table, which
-        self.search = search or [(_sorted_rows(table, table.data), 1), (_sorted_rows(table, base[table.indices]), -1)]
-    def row(self, place): return self.which[place]
+    "Own scores in rows that cases share: case b reads row `which[b]` of a Sorted table."
+    def __init__(self, rows, which): self.rows, self.table, self.which = rows, rows.table, which
+
+    def stored(self, place, item):
+        if not len(self.rows.place): return np.zeros(len(item))
+        wanted = self.which[place] * self.table.shape[1] + item
+        at = np.minimum(np.searchsorted(self.rows.place, wanted), len(self.rows.place) - 1)
+        return np.where(self.rows.place[at] == wanted, self.table.data[at], 0.)
 
     def above(self, s):
         "What own scores add to (above, equal) of the base count at `s` (B,)."
         above, equal, end = 0, 0, self.table.indptr[self.which + 1]
-        for (levels, key), sign in self.search:
+        for sign, (levels, key) in zip((1, -1), self.rows.values):
             at = lambda side: np.searchsorted(key, self.which * (len(levels) + 1) + np.searchsorted(levels, s, side))
             low, high = at("left"), at("right")
             above, equal = above + sign * (end - high), equal + sign * (high - low)
         return above, equal
 
-def _sorted_rows(table, values):
-    "-> (levels, key): the distinct `values`, and the stored entries as row * (levels + 1) + level, sorted."
-    levels, code = np.unique(values, return_inverse=True)
-    return levels, np.sort(_row_of(table) * (len(levels) + 1) + code)
-
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-35
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-36
 class Chunk:
     "The cases `rows` (B,) of `cases` with what the rules ask about their whole histories."
     def __init__(self, sequences, cases, rows):
@@ -257,7 +270,7 @@ class Chunk:
         indptr = np.append(0, np.cumsum(np.bincount(row[last], minlength=len(self.rows)))).astype(np.int32)
         return sparse.csr_array((values.astype(np.float64), self.sequences.item[index[last]], indptr), shape=(len(self.rows), self.n_rows))
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-38
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-39
 def pop(fitted):
     "Train events on the item."
     return Scores(fitted.popularity)
@@ -270,11 +283,11 @@ def pop_behavior(fitted, query=None):
     by_behavior = [fitted.count(fitted.events.behavior == b) for b in range(fitted.n_states)]
     silent = [s.behaviors[b] for b in asked if not by_behavior[b].any()]
     scores = sparse.csr_array(np.array([q * (1 + c.max()) + np.where(q > 0, c, 0) for q in by_behavior]))
-    search = Shared(scores, c, None).search
-    def own(chunk): return Shared(scores, c, chunk.query if query is None else np.full(len(chunk.rows), asked[0]), search)
+    rows = Sorted(scores, c)
+    def own(chunk): return Shared(rows, chunk.query if query is None else np.full(len(chunk.rows), asked[0]))
     return Scores(c, own, note=f"no train event has behavior {', '.join(silent)}: the same as pop for it" if silent else "")
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-39
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-40
 RECENT_DAYS = 7
 
 def pop_recent(fitted, days=RECENT_DAYS):
@@ -284,7 +297,7 @@ def pop_recent(fitted, days=RECENT_DAYS):
     since = int(when.max()) - days * 86400 * (1000 if s.unit == "ms" else 1)
     return Scores(fitted.count(when > since))
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-42
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-43
 def _copy(base, values, note=""):
     "Scores that store one value per distinct (case, item) of the history."
     return Scores(base, lambda chunk: PerCase(chunk.table(values(chunk)), base), note, copies=True)
@@ -304,7 +317,7 @@ def copy_count(fitted):
         return np.diff(np.append(-1, last)) * (chunk.stop - chunk.start + 1)[row[last]] + position[last]
     return _copy(np.zeros(fitted.n_rows), values)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-43
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-44
 def copy_behavior(fitted, strong=True, done=True):
     "History length + last strong position for items with a strong event, last position for other history items, -1 for items with a done one."
     s, known = fitted.sequences, fitted.learned
@@ -319,7 +332,7 @@ def copy_behavior(fitted, strong=True, done=True):
     note = f"strong: {name(best)}" if best else "no strong behavior: no train target stood in its history"
     return _copy(np.zeros(fitted.n_rows), values, note + (f"; done: {', '.join(map(name, finished))}" if len(finished) else ""))
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-46
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-47
 def _with_base(table, base):
     "Stored counts plus the item's base score."
     return sparse.csr_array((table.data + base[table.indices], table.indices, table.indptr), shape=table.shape)
@@ -331,7 +344,7 @@ def markov(fitted, self_pairs=True):
         item, which = np.unique(chunk.newest(chunk.sequences.item), return_inverse=True)
         scores = _with_base(after[item], base)
         if not self_pairs: scores = scores + sparse.csr_array((np.full(len(item), -1.), (np.arange(len(item)), item)), shape=scores.shape)
-        return Shared(scores, base, which)
+        return Shared(Sorted(scores, base), which)
     return Scores(base, own)
 
 def markov_behavior(fitted):
@@ -341,10 +354,10 @@ def markov_behavior(fitted):
     def own(chunk):
         s = chunk.sequences
         state, which = np.unique(chunk.newest(s.item) * fitted.n_states + chunk.newest(s.behavior), return_inverse=True)
-        return Shared(_with_base(after[state] + blind[state // fitted.n_states], base), base, which)
+        return Shared(Sorted(_with_base(after[state] + blind[state // fitted.n_states], base), base), which)
     return Scores(base, own)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-49
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-50
 def item_knn(fitted, self_weight=True):
     "Sum of the kept weights of the distinct history items, .8 to the power of the events since the last one on each."
     weights = fitted.neighbors if self_weight else knn_weights(fitted.events, fitted.n_rows, self_weight=False)
@@ -356,19 +369,19 @@ def item_knn(fitted, self_weight=True):
         return PerCase(history @ weights, base)
     return Scores(base, own)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-51
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-52
 BASELINES = {"random": None, "pop": pop, "pop_behavior": pop_behavior, "pop_recent": pop_recent, "copy_recency": copy_recency,
              "copy_pop": copy_pop, "copy_count": copy_count, "copy_behavior": copy_behavior, "markov": markov,
              "markov_behavior": markov_behavior, "item_knn": item_knn}
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-53
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-54
 def _look_up(scores, own, place, item):
     "-> (score, stored) of `item` (P,) for the cases at `place` (P,) in the chunk; own None = base alone."
     if own is None: return scores.base[item], np.zeros(len(item), bool)
-    x = own.table[own.row(place), item]
+    x = own.stored(place, item)
     return np.where(x != 0, x, scores.base[item]), x != 0
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-54
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-55
 def _count_full(scores, own, chunk, seen):
     "-> (g, e, candidates with a score of their own) against the whole catalogue without the masked items."
     s, _ = _look_up(scores, own, np.arange(len(chunk.rows)), chunk.target)
@@ -386,7 +399,7 @@ def _count_full(scores, own, chunk, seen):
 
 def _count_candidates(scores, own, chunk, candidates, seen):
     "-> (g, e, scored) against the target and `candidates` (B,M), 0 = empty place."
-    if own: own.table.sort_indices()                             # looked up by binary search
+    if own: own.table.sort_indices()                             # then they are looked up by binary search
     n, m = candidates.shape
     place = np.arange(n)
     s, mine = _look_up(scores, own, place, chunk.target)
@@ -401,7 +414,7 @@ def _masked(chunk, candidates, seen):
     key = np.repeat(np.arange(len(candidates)), candidates.shape[1]) * chunk.n_rows + candidates.ravel()
     return np.isin(key, place * chunk.n_rows + seen[1][index]).reshape(candidates.shape)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-56
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-57
 def _chunks(sequences, cases, events=1 << 16):
     "Arrays of case rows, sorted by newest (item, behavior), some `events` history events each."
     whole = Chunk(sequences, cases, np.arange(len(cases)))
@@ -417,7 +430,7 @@ def _rules(names):
     if unknown: raise EvalError(f"baseline {unknown[0]!r} is unknown; valid: {', '.join(BASELINES)}")
     return {n: BASELINES[n] for n in names}
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-57
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-58
 def _misses(plan, target):
     "bool (N,): targets that are a miss by name. Raises EvalError where the filter removes one and the plan does not allow it."
     masked = masked_targets(plan, target)
@@ -429,7 +442,7 @@ def _misses(plan, target):
                         "with eval.filtered_target=\"miss\"")
     return masked | missed
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-58
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-59
 @dataclass
 class _Tally:
     "The counts of one rule under one plan while they are being made."
@@ -452,7 +465,7 @@ class _Tally:
                                      f"{self.plan.protocol!r} says {m[bad[0]]} candidates; is an item masked twice, or the plan of other cases?")
         return Ranks(np.arange(len(cases)), cases.user.astype(np.int64), cases.target.astype(np.int32), g.astype(np.int32), e.astype(np.int32), m, repeat)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-59
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-60
 def _rank_chunk(scores, tallies, sequences, cases, rows):
     "All rules and plans on the cases `rows`; -> [(tally, candidates scored)]."
     chunk, out = Chunk(sequences, cases, rows), []
@@ -488,7 +501,7 @@ def _settle(rule, tally, cases, repeat, missed):
         return NotApplicable(f"{what} the rule scores")
     return tally.ranks(cases, repeat, missed)
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-69
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-70
 def baseline_rows(ranks, ks=KS):
     "Result of `rank_baselines` -> {name: {metric name: mean}}; a rule without a number has an empty row."
     return {name: {k: v for plan, r in plans.items() if isinstance(r, Ranks) for k, v in table(r, ks, plan).items()} for name, plans in ranks.items()}
@@ -506,7 +519,7 @@ def baseline_notes(ranks, fitted, names=None):
         if texts: out[name] = "; ".join(texts)
     return out
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-73
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-74
 LEAST_CASES = 30
 RIVALS = {"below copy": ("repeat", ("copy_recency", "copy_pop", "copy_count", "copy_behavior")),
           "below popularity": ("novel", ("pop", "pop_behavior", "pop_recent"))}
@@ -517,7 +530,7 @@ class Badge:
     name: str; slice: str; n: int; metric: str; model: float; rule: str; baseline: float
     def __str__(self): return f"{self.name}: {self.metric} {self.model:.4f} on {self.n} {self.slice} cases, {self.rule} has {self.baseline:.4f}"
 
-# %% ../../nbs/evaluators/04_baselines.ipynb #cell-74
+# %% ../../nbs/evaluators/04_baselines.ipynb #cell-75
 def badges(model, baselines, plan="", metric="NDCG", k=10, least=LEAST_CASES):
     "Ranks of a model and the result of `rank_baselines` on the same cases -> list of Badge. Raises EvalError where the cases differ."
     out, own = [], per_case(model, metric, k)

@@ -69,6 +69,11 @@ def _expand(start, stop):
     place = np.repeat(np.arange(len(count)), count)
     return place, np.arange(len(place)) + np.repeat(start - (np.cumsum(count) - count), count)
 
+def _distinct(keys):
+    "Sorted distinct `keys` (P,) int64. Runs of them are in order already, which a stable sort turns into speed."
+    keys = np.sort(keys, kind="stable")
+    return keys[np.append(True, keys[1:] != keys[:-1])] if len(keys) else keys
+
 def _blocks(length, events=1 << 22):
     "Rows of `length` (N,) in runs of about `events` events, so that no temporary grows with the data."
     cut = np.cumsum(length) // events
@@ -89,7 +94,7 @@ def seen_items(sequences, cases, seen_filter):
     for rows in _blocks(cases.length):
         place, index = _expand(cases.start[rows], cases.stop[rows])
         if wanted: keep = np.isin(sequences.behavior[index], wanted); place, index = place[keep], index[keep]
-        key = np.unique(place * V + sequences.item[index])
+        key = _distinct(place * V + sequences.item[index])
         found.append((key % V).astype(np.int32)); count[rows] = np.bincount(key // V, minlength=len(rows))
     return np.append(0, np.cumsum(count)), np.concatenate(found)
 
@@ -144,12 +149,12 @@ def _known(sequences, cases, users):
         at = np.minimum(np.searchsorted(users, c.user), len(users) - 1)
         mine = users[at] == c.user
         keys.append(at[mine] * V + c.target[mine])
-    return np.unique(np.concatenate(keys))
+    return _distinct(np.concatenate(keys))
 
 def _of_case(sequences, cases):
     "Sorted keys `case · V + item` of each case's whole history and its target."
     V, (place, index) = len(sequences.items), _expand(cases.start, cases.stop)
-    return np.unique(np.concatenate([_END, place * V + sequences.item[index], np.arange(len(cases)) * V + cases.target]))
+    return _distinct(np.concatenate([_END, place * V + sequences.item[index], np.arange(len(cases)) * V + cases.target]))
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-27
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class _Draw:
         new = self.tickets[self.rng.integers(0, len(self.tickets), len(row))]
         ok = ~_among(forbidden, owner[row] * self.V + new)
         out[row[ok], col[ok]] = new[ok]
-        rows = np.unique(row)
+        rows = _distinct(row)
         order = np.argsort(out[rows], axis=1, kind="stable")
         line = np.take_along_axis(out[rows], order, 1)
         r, c = np.nonzero((line[:, 1:] == line[:, :-1]) & (line[:, 1:] > 0))
@@ -351,7 +356,7 @@ def load_negatives(path):
     "-> (int32 (N,m), {sampler, seed, sha256}). Raises EvalError where the content does not match its hash."
     with np.load(path, allow_pickle=False) as f: drawn, fields = f["candidates"], {k: f[k].item() for k in ("sampler", "seed", "sha256")}
     if _hash(drawn) != fields["sha256"]:
-        raise EvalError(f"{path}: the negatives do not match their SHA-256 {fields['sha256'][:16]}...; the file was changed. Draw them again "
+        raise EvalError(f"{Path(path).name}: the negatives do not match their SHA-256 {fields['sha256'][:16]}...; the file was changed. Draw them again "
                         f"from seed {fields['seed']}")
     return drawn, fields
 

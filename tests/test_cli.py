@@ -1,0 +1,83 @@
+"""The console script as a person starts it: in a process of its own, in an empty folder."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MBNB = Path(sys.executable).parent / "mbnb"
+ready = pytest.mark.skipif(not (ROOT / "nbs" / "train.ipynb").exists(), reason="nbs/train.ipynb is not there yet")
+
+
+@pytest.fixture
+def mbnb(tmp_path):
+    "Runs the console script in an empty folder; -> exit code, stdout, stderr."
+    def call(*argv):
+        done = subprocess.run([MBNB, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+    return call
+
+
+def test_version(mbnb):
+    import mbnb as package
+    assert mbnb("--version") == (0, f"mbnb {package.__version__}\n", "")
+
+
+def test_unknown_command_is_exit_2(mbnb): assert mbnb("trian")[0] == 2
+
+
+def test_no_runs(mbnb): assert mbnb("runs") == (0, "no runs in runs\n", "")
+
+
+def test_unknown_data_set_is_one_line(mbnb):
+    status, out, err = mbnb("data", "ml100k")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "ml-100k" in err
+
+
+def test_data_in_words(mbnb):
+    status, out, err = mbnb("data", "toyshop")
+    assert (status, err) == (0, "")
+    assert "toyshop" in out
+
+
+@ready
+def test_notebooks_are_copied_once(mbnb, tmp_path):
+    assert mbnb("notebooks", "mine")[0] == 0
+    assert (tmp_path / "mine" / "train.ipynb").read_bytes() == (ROOT / "nbs" / "train.ipynb").read_bytes()
+    status, _, err = mbnb("notebooks", "mine")
+    assert status == 1
+    assert "not written over" in err
+
+
+@ready
+def test_mistyped_parameter_writes_nothing(mbnb, tmp_path):
+    status, out, err = mbnb("train", "-p", "modle", "sasrec")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "nearest: model" in err
+    assert not list(tmp_path.iterdir())
+
+
+@ready
+def test_refused_value_writes_nothing(mbnb, tmp_path):
+    status, _, err = mbnb("train", "-p", "model", "sasrek", "-p", "dataset", "toyshop-tiny")
+    assert status == 1
+    assert "sasrec" in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*/status.json"))
+
+
+@ready
+def test_a_run_from_the_command_line(mbnb, tmp_path):
+    status, out, err = mbnb("train", "-p", "dataset", "toyshop-tiny", "-p", "epochs", "1", "-p", "run_name", "first")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "first"
+    assert str(folder) in out
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert json.loads((folder / "train.ipynb").read_text())["cells"]
+    assert "first" in mbnb("runs")[1]
+    again = mbnb("train", "-p", "dataset", "toyshop-tiny", "-p", "run_name", "first")
+    assert again[0] == 1
+    assert "exists already" in again[2]
