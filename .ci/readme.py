@@ -10,11 +10,8 @@ index, readme = root / "nbs" / "index.ipynb", root / "README.md"
 
 def relink(text):
     "Links of the index page are relative to nbs/; the README stands one floor up."
-    def fix(match):
-        target = match[1].split("#")[0]
-        if (root / "nbs" / target).exists(): return f"](nbs/{match[1]})"
-        return f"]({match[1].removeprefix('../')})"
-    return re.sub(r"\]\((?!https?://|#|mailto:)([^)\s]+)\)", fix, text)
+    def up(match): return f"]({match[1][3:]})" if match[1].startswith("../") else f"](nbs/{match[1]})"
+    return re.sub(r"\]\((?!https?://|#|mailto:)([^)\s]+)\)", up, text)
 
 
 def text_of(output):

@@ -1,4 +1,5 @@
 "One run of our SASRec on a file of events; prints one line of JSON. Child of the comparisons."
+
 import argparse
 import hashlib
 import json
@@ -26,17 +27,38 @@ a = ap.parse_args()
 torch.set_num_threads(2)
 s = load(a.data, columns={"user": "user_id", "item": "item_id", "timestamp": "timestamp"})
 state = FitState(seed_everything(a.seed))
-model = SASRec(SASRec.Config.small(s.n_items, dropout=.2))
-no_check = lambda model: {"value": 0., "error": 0., "metrics": {}}
+model = SASRec(SASRec.Config.small(s.n_items, dropout=0.2))
+no_check = lambda model: {"value": 0.0, "error": 0.0, "metrics": {}}
 start = time.perf_counter()
-for record in fit(model, {None: CE()}, s, [Stage(epochs=a.epochs, patience=0)], FitConfig(batch_size=a.batch, precision=a.precision), no_check, state):
-    if record["kind"] == "epoch" and record["epoch"] == a.epochs - 1: break         # the last weights, not the "best": nothing was compared
+for record in fit(
+    model, {None: CE()}, s, [Stage(epochs=a.epochs, patience=0)], FitConfig(batch_size=a.batch, precision=a.precision), no_check, state
+):
+    if record["kind"] == "epoch" and record["epoch"] == a.epochs - 1:
+        break  # the last weights, not the "best": nothing was compared
 wall = time.perf_counter() - start
 model.eval()
 begin = time.perf_counter()
-found = rank_cases(model.score, s, s.test, [make_plan(s, s.test, "full/none", seen_filter="none", split="test")], batch_size=256, max_len=50)["full/none"]
+found = rank_cases(
+    model.score, s, s.test, [make_plan(s, s.test, "full/none", seen_filter="none", split="test")], batch_size=256, max_len=50
+)["full/none"]
 ndcg = per_case(found, "NDCG", 10)
 test = hashlib.sha256("\n".join(sorted(f"{s.users[u]} {s.items[t]}" for u, t in zip(s.test.user, s.test.target))).encode()).hexdigest()
-print(json.dumps({"peer": "mbnb", "precision": a.precision, "epochs": a.epochs, "targets_per_epoch": state.targets // (a.epochs - 1), "targets_per_cpu_second": state.targets / state.cpu_seconds,
-                  "train_seconds": state.seconds, "wall_seconds": wall, "eval_seconds": time.perf_counter() - begin, "ndcg10": float(ndcg.mean()), "se": float(ndcg.std() / len(ndcg) ** .5),
-                  "params": sum(p.numel() for p in model.parameters()), "test_items": test[:12], "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+print(
+    json.dumps(
+        {
+            "peer": "mbnb",
+            "precision": a.precision,
+            "epochs": a.epochs,
+            "targets_per_epoch": state.targets // (a.epochs - 1),
+            "targets_per_cpu_second": state.targets / state.cpu_seconds,
+            "train_seconds": state.seconds,
+            "wall_seconds": wall,
+            "eval_seconds": time.perf_counter() - begin,
+            "ndcg10": float(ndcg.mean()),
+            "se": float(ndcg.std() / len(ndcg) ** 0.5),
+            "params": sum(p.numel() for p in model.parameters()),
+            "test_items": test[:12],
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+    )
+)

@@ -1,4 +1,5 @@
 "What the comparisons share: an environment for each peer, one file of events for all, children that run alone, and lines of JSON."
+
 import json
 import os
 import statistics
@@ -9,8 +10,10 @@ import venv
 from pathlib import Path
 
 BENCH = Path(__file__).parent
-REQUIREMENTS = {"rectools": ["torch==2.13.0", "rectools[torch]==0.19.0", "psutil"],
-                "recbole": ["torch==2.13.0", "recbole==1.2.1", "setuptools<81", "numpy==1.26.4", "pandas==2.2.3"]}
+REQUIREMENTS = {
+    "rectools": ["torch==2.13.0", "rectools[torch]==0.19.0", "psutil"],
+    "recbole": ["torch==2.13.0", "recbole==1.2.1", "setuptools<81", "numpy==1.26.4", "pandas==2.2.3"],
+}
 
 
 def peer_python(name):
@@ -29,19 +32,22 @@ def peer_python(name):
 def child(python, script, *args):
     "Run a script alone and return the JSON of its last line."
     done = subprocess.run([python, BENCH / script, *map(str, args)], capture_output=True, text=True)
-    if done.returncode: sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
+    if done.returncode:
+        sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def event_file(name):
     "A data set as a tab-separated file user, item, position for every side; users with three events or more, in our canonical order."
     from mbnb import datasets
+
     s = datasets.load(name)
     path = Path(tempfile.mkdtemp(prefix="mbnb-bench-")) / "events.tsv"
     with open(path, "w") as out:
         out.write("user_id\titem_id\ttimestamp\n")
         for u in range(len(s.users)):
-            for k, e in enumerate(range(s.offsets[u], s.offsets[u + 1])): out.write(f"{u + 1}\t{s.item[e]}\t{k + 1}\n")
+            for k, e in enumerate(range(s.offsets[u], s.offsets[u + 1])):
+                out.write(f"{u + 1}\t{s.item[e]}\t{k + 1}\n")
     return path
 
 
@@ -56,4 +62,5 @@ def in_turn(sides, repeats):
     return found
 
 
-def medians(rows, *keys): return {k: statistics.median(r[k] for r in rows) for k in keys}
+def medians(rows, *keys):
+    return {k: statistics.median(r[k] for r in rows) for k in keys}

@@ -2,6 +2,7 @@
 
 RecBole trains on one padded row a target, so an epoch takes minutes: a few batches after a warm-up are timed. Both sides in turn, median of
 three; the figure is training targets per CPU second, all threads."""
+
 import argparse
 import json
 import sys
@@ -14,7 +15,23 @@ ap.add_argument("--batches", type=int, default=4)
 ap.add_argument("--repeats", type=int, default=3)
 a = ap.parse_args()
 data, peer = event_file(a.data), peer_python("recbole")
-found = in_turn({"mbnb": lambda k: child(sys.executable, "_ours.py", data, "--epochs", 4, "--seed", k),
-                 "recbole": lambda k: child(peer, "_recbole.py", data, "--batches", a.batches)}, a.repeats)
+found = in_turn(
+    {
+        "mbnb": lambda k: child(sys.executable, "_ours.py", data, "--epochs", 4, "--seed", k),
+        "recbole": lambda k: child(peer, "_recbole.py", data, "--batches", a.batches),
+    },
+    a.repeats,
+)
 x, y = (medians(found[side], "targets_per_cpu_second", "peak_rss_mb") for side in ("mbnb", "recbole"))
-print(json.dumps({"bench": "sasrec_vs_recbole", "data": a.data, "repeats": a.repeats, "mbnb": x, "recbole": y, "ratio_targets_per_cpu_second": x["targets_per_cpu_second"] / y["targets_per_cpu_second"]}))
+print(
+    json.dumps(
+        {
+            "bench": "sasrec_vs_recbole",
+            "data": a.data,
+            "repeats": a.repeats,
+            "mbnb": x,
+            "recbole": y,
+            "ratio_targets_per_cpu_second": x["targets_per_cpu_second"] / y["targets_per_cpu_second"],
+        }
+    )
+)

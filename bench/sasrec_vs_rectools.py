@@ -2,6 +2,7 @@
 
 Both sides in turn, each alone in a process of its own, median of three, in float32 and in bfloat16. The figure is training targets per
 CPU second, all threads, first epoch left out. NDCG@10 is over the whole catalogue without a filter, with the weights after the last epoch."""
+
 import argparse
 import json
 import sys
@@ -16,12 +17,31 @@ ap.add_argument("--precisions", nargs="*", default=["32", "bf16"])
 a = ap.parse_args()
 data, peer = event_file(a.data), peer_python("rectools")
 
+
+def side(python, script, precision):
+    return lambda k: child(python, script, data, "--epochs", a.epochs, "--precision", precision, "--seed", k)
+
+
 for precision in a.precisions:
-    args = lambda k: (data, "--epochs", a.epochs, "--precision", precision, "--seed", k)
-    found = in_turn({"mbnb": lambda k: child(sys.executable, "_ours.py", *args(k)), "rectools": lambda k: child(peer, "_rectools.py", *args(k))}, a.repeats)
+    found = in_turn({"mbnb": side(sys.executable, "_ours.py", precision), "rectools": side(peer, "_rectools.py", precision)}, a.repeats)
     ours, theirs = found["mbnb"], found["rectools"]
-    if {r["test_items"] for r in ours} != {r["test_items"] for r in theirs}: sys.exit("the two sides have other test items: nothing was compared")
+    if {r["test_items"] for r in ours} != {r["test_items"] for r in theirs}:
+        sys.exit("the two sides have other test items: nothing was compared")
     x, y = (medians(r, "targets_per_cpu_second", "ndcg10", "se", "train_seconds") for r in (ours, theirs))
-    print(json.dumps({"bench": "sasrec_vs_rectools", "data": a.data, "precision": precision, "epochs": a.epochs, "repeats": a.repeats, "mbnb": x, "rectools": y,
-                      "targets_per_epoch": [ours[0]["targets_per_epoch"], theirs[0]["targets_per_epoch"]],
-                      "ratio_targets_per_cpu_second": x["targets_per_cpu_second"] / y["targets_per_cpu_second"], "ndcg10_difference_in_se": (x["ndcg10"] - y["ndcg10"]) / y["se"]}), flush=True)
+    print(
+        json.dumps(
+            {
+                "bench": "sasrec_vs_rectools",
+                "data": a.data,
+                "precision": precision,
+                "epochs": a.epochs,
+                "repeats": a.repeats,
+                "mbnb": x,
+                "rectools": y,
+                "targets_per_epoch": [ours[0]["targets_per_epoch"], theirs[0]["targets_per_epoch"]],
+                "ratio_targets_per_cpu_second": x["targets_per_cpu_second"] / y["targets_per_cpu_second"],
+                "ndcg10_difference_in_se": (x["ndcg10"] - y["ndcg10"]) / y["se"],
+            }
+        ),
+        flush=True,
+    )

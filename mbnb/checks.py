@@ -151,13 +151,13 @@ def init_loss(model, batch, loss, tolerance=.15):
 
 def overfits_one_batch(model, batch, loss, weights=None, steps=300, share=.1):
     "Trained on one batch only, the loss falls below a tenth of its start (C11)."
-    rng, weights = torch.Generator().manual_seed(0), weights or {}
+    rng, weights, first = torch.Generator().manual_seed(0), weights or {}, math.inf
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     model.train()
     for step in range(steps):
         p = model(batch)
         value = loss(p, rng)
-        first = float(value) if step == 0 else first
+        if step == 0: first = float(value.detach())
         total = value * weights.get("main", 1.) + sum(weights.get(k, 0.) * v for k, v in p.aux.items())
         optimizer.zero_grad(); total.backward(); optimizer.step()
         if float(value.detach()) < share * first: break

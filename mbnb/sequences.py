@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from .events import DataError, Events, ListRows
+from .events import DataError
 
 # %% ../nbs/03_sequences.ipynb #cell-5
 @dataclass(frozen=True)

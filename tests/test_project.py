@@ -88,6 +88,11 @@ def test_parameters_cell():
 def test_readme_is_the_index_page(): run(sys.executable, ROOT / ".ci" / "readme.py", "--check")
 
 
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 def test_ruff():
     folders = [p for p in ("mbnb", "tests", ".ci", "setup.py", "bench") if (ROOT / p).is_file() or any((ROOT / p).glob("**/*.py"))]
     run(sys.executable, "-m", "ruff", "check", "--no-cache", *folders)

@@ -1,4 +1,5 @@
 "The entry page under papermill, as a user starts it: what it writes, and how it refuses what it does not know (F49)."
+
 import json
 import subprocess
 import sys
@@ -7,7 +8,17 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).parents[1] / "nbs" / "train.ipynb"
-QUICK = ["-p", "dataset", "toyshop-tiny", "-p", "epochs", "1", "-p", "set", "model.d_model=16 model.ff_dim=32 eval.bootstrap=50 fit.threads=1"]
+QUICK = [
+    "-p",
+    "dataset",
+    "toyshop-tiny",
+    "-p",
+    "epochs",
+    "1",
+    "-p",
+    "set",
+    "model.d_model=16 model.ff_dim=32 eval.bootstrap=50 fit.threads=1",
+]
 
 
 def papermill(folder, *args):
@@ -30,21 +41,28 @@ def test_a_run_leaves_its_folder_and_its_picture(tmp_path):
     assert {"pop", "markov", "markov_behavior", "copy_recency", "random"} <= result["baselines"].keys()
     shown = outputs(tmp_path)
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in shown) == 2, "the metric and the loss figure"
-    assert any("text/html" in o.get("data", {}) and "markov_behavior" in "".join(o["data"]["text/html"]) for o in shown), "the table of the model among the rules"
+    assert any("text/html" in o.get("data", {}) and "markov_behavior" in "".join(o["data"]["text/html"]) for o in shown), (
+        "the table of the model among the rules"
+    )
     assert (tmp_path / "out.ipynb").stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("args, words", [
-    (["-p", "modle", "sasrec"], ["unknown parameter 'modle'", "'model'"]),
-    (["-p", "model", "sasrek"], ["unknown model 'sasrek'", "'sasrec'"]),
-    (["-p", "epochs", "ten"], ["epochs='ten'", "expected int"]),
-    (["-p", "model", "sasrec'); open('owned', 'w"], ["unknown model"]),
-    (["-p", "set", "model.d_modle=3"], ["'d_modle'", "'d_model'"]),
-], ids=["unknown name", "unknown model", "wrong type", "injected code", "unknown key"])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["-p", "modle", "sasrec"], ["unknown parameter 'modle'", "'model'"]),
+        (["-p", "model", "sasrek"], ["unknown model 'sasrek'", "'sasrec'"]),
+        (["-p", "epochs", "ten"], ["epochs='ten'", "expected int"]),
+        (["-p", "model", "sasrec'); open('owned', 'w"], ["unknown model"]),
+        (["-p", "set", "model.d_modle=3"], ["'d_modle'", "'d_model'"]),
+    ],
+    ids=["unknown name", "unknown model", "wrong type", "injected code", "unknown key"],
+)
 def test_f49_a_wrong_parameter_ends_with_one_clear_message(tmp_path, args, words):
     done = papermill(tmp_path, *QUICK[:4], *args)
     assert done.returncode == 1
-    for word in words: assert word in done.stderr
+    for word in words:
+        assert word in done.stderr
     assert not (tmp_path / "runs").exists() and not (tmp_path / "owned").exists(), "nothing was written"
     errors = [o for o in outputs(tmp_path) if o["output_type"] == "error"]
     assert len(errors) == 1 and len(errors[0]["traceback"]) == 1, "a sentence, not a traceback"

@@ -402,7 +402,8 @@ def test_ten_million_rows(tmp_path):
         for part in range(10):
             n = 1_000_000
             frame = {"user": rng.integers(0, 500_000, n), "item": rng.integers(0, 100_000, n)}
-            pl.DataFrame(frame | {"behavior": rng.choice(["view", "cart", "buy"], n), "timestamp": T0 + np.arange(n) + n * part}).write_csv(f, include_header=False)
+            pl.DataFrame(frame | {"behavior": rng.choice(["view", "cart", "buy"], n),
+                                  "timestamp": T0 + np.arange(n) + n * part}).write_csv(f, include_header=False)
     code = ("import sys, time, resource; from mbnb.events import read_events; t = time.perf_counter(); e = read_events(sys.argv[1]); "
             "print(len(e), time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)")
     n, seconds, gib = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()

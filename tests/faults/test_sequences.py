@@ -1,4 +1,5 @@
 "Faults of the data that show when sequences are made: F36, F37, F40, F41, F42."
+
 import polars as pl
 import pytest
 
@@ -22,10 +23,18 @@ def test_f36_unsorted_file_gives_the_same_sequences():
 
 
 def test_f37_ties_keep_the_order_of_the_file_and_are_reported():
-    rows = [("a", "x", "view", 1), ("a", "y", "view", 2), ("a", "z", "view", 3), ("a", "w", "view", 3), ("b", "x", "view", 1), ("b", "y", "view", 2), ("b", "z", "view", 3)]
+    rows = [
+        ("a", "x", "view", 1),
+        ("a", "y", "view", 2),
+        ("a", "z", "view", 3),
+        ("a", "w", "view", 3),
+        ("b", "x", "view", 1),
+        ("b", "y", "view", 2),
+        ("b", "z", "view", 3),
+    ]
     s = from_events(events(rows), name="log")
     assert s.items[s.test.target].tolist() == ["w", "z"]
-    assert s.leaks["last_two_tied_share"] == .5
+    assert s.leaks["last_two_tied_share"] == 0.5
     swapped = from_events(events(rows[:2] + [rows[3], rows[2]] + rows[4:]), name="log")
     assert swapped.split_hash != s.split_hash
 
@@ -37,7 +46,8 @@ def test_f40_short_users_are_dropped_and_counted():
 
 def test_f40_mostly_short_users_are_an_error():
     rows = log(2) + [(f"s{k}", "i1", "view", 1) for k in range(3)]
-    with pytest.raises(DataError, match="3 of 5 users have fewer than 3 events"): from_events(events(rows), name="log")
+    with pytest.raises(DataError, match="3 of 5 users have fewer than 3 events"):
+        from_events(events(rows), name="log")
 
 
 @pytest.mark.parametrize("cold, cases", [("miss", 6), ("drop", 5)])
@@ -61,14 +71,27 @@ def test_f42_one_item():
 
 
 def test_f42_nothing_left_is_an_error_that_says_what_to_do():
-    with pytest.raises(DataError, match="core is empty.*lower min_user or min_item"): from_events(events(log()), name="log", min_item=50)
-    with pytest.raises(DataError, match="target behavior 'buy' does not occur; the file has"): from_events(events(log()), name="log", target="buy")
+    with pytest.raises(DataError, match="core is empty.*lower min_user or min_item"):
+        from_events(events(log()), name="log", min_item=50)
+    with pytest.raises(DataError, match="target behavior 'buy' does not occur; the file has"):
+        from_events(events(log()), name="log", target="buy")
 
 
 def test_auxiliary_event_after_the_target_never_reaches_the_input():
-    rows = [("a", "p", "view", 1), ("a", "q", "view", 2), ("a", "p", "buy", 3), ("a", "q", "cart", 4), ("a", "q", "buy", 5), ("a", "r", "view", 6), ("b", "p", "view", 1), ("b", "q", "view", 2), ("b", "q", "buy", 2)]
+    rows = [
+        ("a", "p", "view", 1),
+        ("a", "q", "view", 2),
+        ("a", "p", "buy", 3),
+        ("a", "q", "cart", 4),
+        ("a", "q", "buy", 5),
+        ("a", "r", "view", 6),
+        ("b", "p", "view", 1),
+        ("b", "q", "view", 2),
+        ("b", "q", "buy", 2),
+    ]
     for how in ({"split": "leave_one_out"}, {"split": "global_temporal", "cuts": (2, 4)}):
         s = from_events(events(rows), name="log", target="buy", **how)
         for cases in (s.valid, s.test):
-            for start, stop, time in zip(cases.start, cases.stop, cases.target_time): assert (s.time[start:stop] <= time).all()
+            for start, stop, time in zip(cases.start, cases.stop, cases.target_time):
+                assert (s.time[start:stop] <= time).all()
         assert s.leaks["own_train_after_test"] == 0

@@ -1,4 +1,5 @@
 "Faults of a run: F01, F09, F12, F25, F27, F28 on whole experiments, in processes of their own where a process dies."
+
 import itertools
 import json
 import os
@@ -28,7 +29,9 @@ def quiet(**parameters):
 
 
 def start(**parameters):
-    return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(parameters)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(parameters)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,8 @@ def same_outcome(a, b):
     assert x.weights.keys() == y.weights.keys() and all(torch.equal(x.weights[k], y.weights[k]) for k in x.weights)
     assert torch.equal(x.state["rng"]["torch"], y.state["rng"]["torch"])
     for name in ("ranks-test.npz", "ranks-valid.npz"):
-        with np.load(Path(a) / name) as p, np.load(Path(b) / name) as q: assert all(np.array_equal(p[k], q[k]) for k in p.files)
+        with np.load(Path(a) / name) as p, np.load(Path(b) / name) as q:
+            assert all(np.array_equal(p[k], q[k]) for k in p.files)
     for path in (a, b):
         epochs = load_run(path).metrics.query("kind == 'epoch'").epoch.tolist()
         assert epochs == sorted(set(epochs)) and len(epochs) == SMALL["epochs"] + 1
@@ -55,8 +59,13 @@ def test_f01_kill_at_any_moment_then_resume_is_exact(k, undisturbed, tmp_path):
     child = start(**SMALL, runs_dir=str(tmp_path), run_name="killed")
     records = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (records.exists() and records.stat().st_size > chance.choice([0, 500, 2_000, 6_000])) and child.poll() is None and time.monotonic() < deadline: time.sleep(.005)
-    time.sleep(chance.random() * .3)
+    while (
+        not (records.exists() and records.stat().st_size > chance.choice([0, 500, 2_000, 6_000]))
+        and child.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.005)
+    time.sleep(chance.random() * 0.3)
     child.send_signal(signal.SIGKILL)
     child.wait()
     finished = (tmp_path / "killed" / "result.json").exists()
@@ -69,13 +78,15 @@ def test_f01_kill_at_any_moment_then_resume_is_exact(k, undisturbed, tmp_path):
 def test_f03_a_signal_stops_cleanly_and_resume_is_exact(undisturbed, tmp_path):
     child = start(**SMALL, runs_dir=str(tmp_path), run_name="stopped")
     records = tmp_path / "stopped" / "metrics.jsonl"
-    while not (records.exists() and records.stat().st_size > 3_000) and child.poll() is None: time.sleep(.005)
+    while not (records.exists() and records.stat().st_size > 3_000) and child.poll() is None:
+        time.sleep(0.005)
     sent = time.monotonic()
     child.terminate()
     child.wait(timeout=30)
     assert time.monotonic() - sent < 10
     status = load_run(tmp_path / "stopped").status
-    if status["state"] == "done": pytest.skip("the run had ended before the signal came")
+    if status["state"] == "done":
+        pytest.skip("the run had ended before the signal came")
     assert status["state"] == "stopped" and "SIGTERM" in status["reason"]
     quiet(resume="stopped", runs_dir=str(tmp_path))
     same_outcome(undisturbed["path"], tmp_path / "stopped")
@@ -83,7 +94,8 @@ def test_f03_a_signal_stops_cleanly_and_resume_is_exact(undisturbed, tmp_path):
 
 def test_f09_resume_with_another_setting_is_refused_with_a_table(undisturbed):
     path = Path(undisturbed["path"])
-    with pytest.raises(RunError, match="epochs") as refused: configure(resume=path.name, runs_dir=str(path.parent), epochs=9)
+    with pytest.raises(RunError, match="epochs") as refused:
+        configure(resume=path.name, runs_dir=str(path.parent), epochs=9)
     assert "4" in str(refused.value) and "9" in str(refused.value)
 
 
@@ -91,7 +103,8 @@ def test_f12_without_generators_it_resumes_and_says_so_loudly(tmp_path, monkeypa
     told, looks = [], itertools.count()
     monkeypatch.setattr(experiment, "rng_state", lambda **generators: {})
     monkeypatch.setattr(experiment.Stopper, "wanted", lambda self: "test" if next(looks) > 12 else "")
-    with pytest.raises(experiment.RunStopped): run_experiment(configure(**SMALL, runs_dir=str(tmp_path), run_name="half"), say=told.append)
+    with pytest.raises(experiment.RunStopped):
+        run_experiment(configure(**SMALL, runs_dir=str(tmp_path), run_name="half"), say=told.append)
     monkeypatch.undo()
     run_experiment(configure(resume="half", runs_dir=str(tmp_path)), say=told.append)
     assert any("NOT EXACT" in line for line in told) and load_run(tmp_path / "half").status["state"] == "done"
@@ -119,4 +132,8 @@ def test_f28_another_seed_gives_another_result(undisturbed, tmp_path):
 
 def test_settings_of_the_run_are_written(undisturbed):
     saved = load_run(undisturbed["path"]).config
-    assert saved["resolved"]["fit"]["threads"] == 1 and saved["data_hash"] and os.path.exists(os.path.join(undisturbed["path"], "environment.json"))
+    assert (
+        saved["resolved"]["fit"]["threads"] == 1
+        and saved["data_hash"]
+        and os.path.exists(os.path.join(undisturbed["path"], "environment.json"))
+    )
