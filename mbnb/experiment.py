@@ -381,7 +381,10 @@ def _resume(config, clock, say):
         return _carry_out(config, run, parts, clock, say)
 
 def _carry_out(config, run, parts, clock, say):
-    "Baselines, loop and result, with the folder open."
+    "Baselines, loop and result, with the folder open; a wish to stop is heard from here on."
+    with Stopper(run) as stopper: return _from_rules_to_result(config, run, parts, clock, say, stopper)
+
+def _from_rules_to_result(config, run, parts, clock, say, stopper):
     run.status("running", "baselines")
     announce(run, config, parts, say)
     fitted = baselines.Fitted(parts.sequences)
@@ -390,7 +393,7 @@ def _carry_out(config, run, parts, clock, say):
     run.append({"kind": "rules", "split": config.eval.select_on, "table": ruled(config.eval.select_on, [parts.plan])})
     for line in rules_text(table, [metrics.metric_name("NDCG", 10, p.name) for p in parts.plans]): say(line)
     clock.prepare = time.perf_counter() - clock.start
-    stopped, reason = _train(config, run, parts, clock, say)
+    stopped, reason = _train(config, run, parts, clock, say, stopper)
     if stopped:
         run.status("stopped", reason)
         raise RunStopped(f"{run.path.name} was stopped: {reason}; go on with -p resume {run.path.name} -p runs_dir {run.path.parent}")
@@ -418,21 +421,20 @@ def result_lines(result, plans):
     return lines + [f"best epoch {result['best_epoch']} of {result['epochs']}; training {clock_text(result['seconds']['train'])} of {clock_text(result['seconds']['total'])}"]
 
 # %% ../nbs/21_experiment.ipynb #cell-34
-def _train(config, run, parts, clock, say):
+def _train(config, run, parts, clock, say, stopper):
     "Run the loop and write everything down; -> (stopped before the end, why)."
     evaluate = make_evaluate(config, parts.sequences, parts.plan, config.eval.select_on)
     state, times, reason = parts.state, [], "finished"
     run.status("running", "training")
-    with Stopper(run) as stopper:
-        for record in fit(parts.model, build_losses(config), parts.sequences, config.stages, config.fit, evaluate, state):
-            run.append(record)
-            if record["kind"] == "epoch":
-                clock.evaluate += record["eval_seconds"]
-                if "train_seconds" in record: times.append(record["train_seconds"] + record["eval_seconds"])
-                say(epoch_line(record, config.stages, times))
-                if record["best"] or "ends" in record or state.epochs % config.fit.checkpoint_every == 0: save_progress(run, parts.model, state, record, parts.meta)
-                reason = record.get("ends", reason)
-            if stopper.wanted() and not state.done: return True, stopper.reason
+    for record in fit(parts.model, build_losses(config), parts.sequences, config.stages, config.fit, evaluate, state):
+        run.append(record)
+        if record["kind"] == "epoch":
+            clock.evaluate += record["eval_seconds"]
+            if "train_seconds" in record: times.append(record["train_seconds"] + record["eval_seconds"])
+            say(epoch_line(record, config.stages, times))
+            if record["best"] or "ends" in record or state.epochs % config.fit.checkpoint_every == 0: save_progress(run, parts.model, state, record, parts.meta)
+            reason = record.get("ends", reason)
+        if stopper.wanted() and not state.done: return True, stopper.reason
     return False, reason
 
 def _finish(config, run, parts, table, clock):

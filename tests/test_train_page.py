@@ -59,7 +59,7 @@ def test_a_run_leaves_its_folder_and_its_picture(tmp_path):
     ids=["unknown name", "unknown model", "wrong type", "injected code", "unknown key"],
 )
 def test_f49_a_wrong_parameter_ends_with_one_clear_message(tmp_path, args, words):
-    done = papermill(tmp_path, *QUICK[:4], *args)
+    done = papermill(tmp_path, *QUICK[:3], *args)
     assert done.returncode == 1
     for word in words:
         assert word in done.stderr
