@@ -149,7 +149,7 @@ def keep_largest(table, k):
     return sparse.csr_array((table.data[keep], table.indices[keep], indptr), shape=table.shape)
 
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-27
-def knn_weights(events, n_rows, self_weight=True, block=1 << 24):
+def knn_weights(events, n_rows, self_weight=True, block=1 << 22):
     "CSR float64 (V,V): the N_NEIGHBORS largest w(j,v) of each item j. block: products of the co-occurrence table made at a time."
     n_users = int(events.row[-1]) + 1 if len(events.row) else 0
     order, last = last_of_pairs(events.row, events.item.astype(np.int64), n_rows)
