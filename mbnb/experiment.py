@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'ORACLE_USERS', 'NOT_SAVED', 'check_type', 'check_parameters',
-           'parse_set', 'override', 'EvalConfig', 'RunConfig', 'preset_of', 'advised', 'make_config', 'data_options',
-           'check_model', 'build_model', 'build_losses', 'build_plans', 'rank_model', 'make_evaluate', 'rank_rules',
-           'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result', 'Stopper', 'clock_text', 'epoch_line',
-           'rules_text', 'save_progress', 'load_progress', 'RunStopped', 'Parts', 'prepare', 'run_folder_of',
-           'configure', 'run_experiment', 'announce', 'result_lines', 'show_errors_short']
+           'given_parameters', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'preset_of', 'advised',
+           'make_config', 'data_options', 'check_model', 'build_model', 'build_losses', 'build_plans', 'rank_model',
+           'make_evaluate', 'rank_rules', 'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result',
+           'Stopper', 'clock_text', 'epoch_line', 'rules_text', 'save_progress', 'load_progress', 'RunStopped', 'Parts',
+           'prepare', 'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
 import ast
@@ -56,6 +56,11 @@ def check_parameters(given):
     for name in ("epochs", "patience", "batch_size", "lr", "max_len", "devices"):
         if p[name] < 0: raise ConfigError(f"{name}={p[name]}: expected 0 (as the preset says) or more")
     return p
+
+def given_parameters(names):
+    "The parameters among a page's global `names`, a mistyped one included: every plain value that is not IPython's own."
+    return {k: v for k, v in names.items() if k[0] != "_" and k not in ("In", "Out", "exit", "quit")
+            and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/21_experiment.ipynb #cell-8
 SECTIONS = ("model", "loss", "fit", "data", "eval")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'DASHES', 'smooth', 'thin', 'loss_figure', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table',
-           'result_table', 'slice_rows']
+           'result_table', 'protocol_tables', 'slice_table', 'config_table', 'result_text']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 from html import escape
@@ -86,11 +86,33 @@ def result_table(result, protocol=""):
     end = f"[{protocol}]" if protocol else ""
     names = [n for n in (f"HR@1{end}", f"HR@5{end}", f"HR@10{end}", f"NDCG@10{end}", f"MRR@10{end}") if n in result["test"]]
     rows = [{"": f"{result['model']} ({result['loss']})"} | {n: result["test"][n] for n in names} | {"95 %": "{:.4f} to {:.4f}".format(*result["ci"][f"NDCG@10{end}"])}]
-    rows += [{"": rule} | {n: row.get(n) for n in names} | {"95 %": "" if names[0] in row else row.get("note", "")} for rule, row in result["baselines"].items()]
-    return pd.DataFrame(rows).sort_values(f"NDCG@10{end}", ascending=False, na_position="last", kind="stable").round(4).fillna("").reset_index(drop=True)
+    rows += [{"": escape(rule)} | {n: row.get(n) for n in names} | {"95 %": "" if names[0] in row else row.get("note", "")} for rule, row in result["baselines"].items()]
+    frame = pd.DataFrame(rows).sort_values(f"NDCG@10{end}", ascending=False, na_position="last", kind="stable").reset_index(drop=True)
+    return frame.round(4).astype(object).where(frame.notna(), "")
 
-def slice_rows(result):
+def protocol_tables(result):
+    "One `result_table` a protocol, each under a caption that says what it is."
+    def captioned(name, fingerprint):
+        caption = f"{result['dataset']}, {name}, {result['n_cases']:,} test cases, fingerprint {fingerprint}"
+        return result_table(result, "" if name == "full" else name).style.hide().format(precision=4).set_caption(escape(caption))
+    return [captioned(*item) for item in result["fingerprints"].items()]
+
+def slice_table(result):
     "The slices of the run's first protocol: number of cases, and the metrics where there are enough of them."
     rows = [{"slice": name, "n": s["n"]} | ({"": s["metrics"]} if isinstance(s["metrics"], str) else {k: round(v, 4) for k, v in s["metrics"].items() if k.split("[")[0] in ("HR@10", "NDCG@10")})
             for name, s in result["slices"].items()]
-    return pd.DataFrame(rows).fillna("")
+    frame = pd.DataFrame(rows).astype(object)
+    return frame.where(frame.notna(), "")
+
+# %% ../nbs/22_plots.ipynb #cell-14
+def config_table(summary):
+    "{part: {setting: value}} as a table with one row a part."
+    rows = [{"part": part, "settings": escape(", ".join(f"{k}={v}" for k, v in values.items()))} for part, values in summary.items() if values]
+    return pd.DataFrame(rows).style.hide().set_properties(**{"text-align": "left", "white-space": "normal"})
+
+def result_text(result):
+    "Where a run is, how long it took and what it needed."
+    s = result["seconds"]
+    return (f"{result['path']}: config.json, metrics.jsonl, ranks-*.npz, checkpoints/, result.json\n"
+            f"best epoch {result['best_epoch']} of {result['epochs']}, {result['params']:,} parameters, {s['train']:.1f} s of training "
+            f"({s['total']:.1f} s in all), peak memory {result['peak_rss_mb']:,.0f} MB")

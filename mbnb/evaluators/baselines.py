@@ -37,17 +37,25 @@ class TrainEvents:
     behavior: np.ndarray   # int32
     time: np.ndarray       # int64
     target: np.ndarray     # bool, the event is its row's target
+    before: np.ndarray     # bool, the event comes before the event group of its row's target
 
 def train_events(sequences):
     "Sequences -> TrainEvents; reads only what the train rows name."
     c = sequences.train
     row, index = ragged(c.start, c.stop + 1)
     last = np.cumsum(c.stop - c.start + 1) - 1
+    before = index < _group_starts(sequences, c)[row]
     index[last] = 0                                      # the event there is the target only in some sets; the row says which it is
     item, behavior, time = sequences.item[index], sequences.behavior[index], sequences.time[index]
     item[last], behavior[last], time[last] = c.target, c.target_behavior, c.target_time
     target = np.zeros(len(row), bool); target[last] = True
-    return TrainEvents(row, item, behavior, time, target)
+    return TrainEvents(row, item, behavior, time, target, before)
+
+def _group_starts(sequences, cases):
+    "int64 (N,): where the event group of each target starts in the flat arrays; `stop` where the target is not the event behind the input."
+    starts = np.maximum.accumulate(np.where(sequences.first, np.arange(len(sequences.first)), 0))
+    behind = cases.stop < sequences.offsets[cases.user + 1]
+    return np.where(behind, starts[np.minimum(cases.stop, len(starts) - 1)], cases.stop)
 
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-14
 def last_of_pairs(row, item, n_rows):
@@ -75,7 +83,7 @@ class Learned:
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-16
 def learn_behaviors(events, n_rows, n_behaviors):
     "TrainEvents -> Learned; n_rows V, n_behaviors C."
-    before = ~events.target
+    before = events.before
     row, item, behavior = events.row[before], events.item[before].astype(np.int64), events.behavior[before]
     order, last = last_of_pairs(row, item, n_rows)
     newest = order[last]
@@ -149,8 +157,8 @@ def keep_largest(table, k):
     return sparse.csr_array((table.data[keep], table.indices[keep], indptr), shape=table.shape)
 
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-27
-def knn_weights(events, n_rows, self_weight=True, block=1 << 22):
-    "CSR float64 (V,V): the N_NEIGHBORS largest w(j,v) of each item j. block: products of the co-occurrence table made at a time."
+def knn_weights(events, n_rows, self_weight=True, block=1 << 22, threads=2):
+    "CSR float64 (V,V): the N_NEIGHBORS largest w(j,v) of each item j. block: products of the co-occurrence table that a thread makes at a time."
     n_users = int(events.row[-1]) + 1 if len(events.row) else 0
     order, last = last_of_pairs(events.row, events.item.astype(np.int64), n_rows)
     row, item = events.row[order[last]], events.item[order[last]]
@@ -158,7 +166,8 @@ def knn_weights(events, n_rows, self_weight=True, block=1 << 22):
     by_item, n = holds.T.tocsr(), np.bincount(item, minlength=n_rows).astype(np.float64)
     cost = np.cumsum(np.bincount(item, np.bincount(row, minlength=n_users)[row], minlength=n_rows)) // block
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(cost)) + 1, [n_rows]])
-    return sparse.vstack([_weights_of(by_item, holds, n, a, b, self_weight) for a, b in zip(cuts, cuts[1:])], format="csr")
+    with ThreadPoolExecutor(threads) as pool:
+        return sparse.vstack(list(pool.map(lambda a, b: _weights_of(by_item, holds, n, a, b, self_weight), cuts[:-1], cuts[1:])), format="csr")
 
 def _weights_of(by_item, holds, n, first, stop, self_weight):
     "The rows first..stop of the weight table."
@@ -233,8 +242,7 @@ class Shared:
         "What own scores add to (above, equal) of the base count at `s` (B,)."
         above, equal, end = 0, 0, self.table.indptr[self.which + 1]
         for sign, (levels, key) in zip((1, -1), self.rows.values):
-            at = lambda side: np.searchsorted(key, self.which * (len(levels) + 1) + np.searchsorted(levels, s, side))
-            low, high = at("left"), at("right")
+            low, high = (np.searchsorted(key, self.which * (len(levels) + 1) + np.searchsorted(levels, s, side)) for side in ("left", "right"))
             above, equal = above + sign * (end - high), equal + sign * (high - low)
         return above, equal
 
@@ -377,7 +385,7 @@ BASELINES = {"random": None, "pop": pop, "pop_behavior": pop_behavior, "pop_rece
 # %% ../../nbs/evaluators/04_baselines.ipynb #cell-54
 def _look_up(scores, own, place, item):
     "-> (score, stored) of `item` (P,) for the cases at `place` (P,) in the chunk; own None = base alone."
-    if own is None: return scores.base[item], np.zeros(len(item), bool)
+    if own is None or not len(item): return scores.base[item], np.zeros(len(item), bool)
     x = own.stored(place, item)
     return np.where(x != 0, x, scores.base[item]), x != 0
 
