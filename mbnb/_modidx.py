@@ -590,6 +590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'mbnb.fit.judge': ('fit.html#judge', 'mbnb/fit.py'),
                           'mbnb.fit.lr_factor': ('fit.html#lr_factor', 'mbnb/fit.py'),
                           'mbnb.fit.make_optimizer': ('fit.html#make_optimizer', 'mbnb/fit.py'),
+                          'mbnb.fit.move_average': ('fit.html#move_average', 'mbnb/fit.py'),
                           'mbnb.fit.objective': ('fit.html#objective', 'mbnb/fit.py'),
                           'mbnb.fit.partition': ('fit.html#partition', 'mbnb/fit.py'),
                           'mbnb.fit.seed_everything': ('fit.html#seed_everything', 'mbnb/fit.py'),

@@ -95,7 +95,7 @@ SITE = "https://files.grouplens.org/datasets/movielens/"
 ML_100K = DataSpec("ml-100k", "MovieLens 100k, films", "ml-100k",
     {"ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"},
     read=STARS, rating="rating", twin="ml-100k-site",
-    split_hash="d6f61dcee9f5ed10eb6a16499d86fd203217b2433414b3767523b50eb805460c", advice={"model.dropout": .2, "fit.batch_size": 64},
+    split_hash="d6f61dcee9f5ed10eb6a16499d86fd203217b2433414b3767523b50eb805460c", advice={"model.dropout": .2, "fit.batch_size": 64, "fit.average": .9, "fit.patience": 50},
     source=Source("the wheel recbole 1.2.1", pip="recbole==1.2.1", members=("recbole/dataset_example/ml-100k/ml-100k.inter",)), **RATED)
 ML_100K_SITE = DataSpec("ml-100k-site", "MovieLens 100k, films, the archive of its own site", "ml-100k-site", {"u.data": ""},
     rating="rating",

@@ -138,9 +138,9 @@ def make_config(**parameters):
     loss = p["loss"] or preset["loss"]
     if loss not in cls.losses: raise unknown(f"loss for {p['model']}", loss, [n for n in cls.losses if n in LOSSES])
     loss_config = asdict(override(loss_class(loss)(), given["loss"], "loss"))
-    fit_given = {k: v for k, v in given["fit"].items() if k not in STAGE_KEYS}
-    fit_config = override(override(FitConfig(), preset["fit"] | advice["fit"], "fit"), {k: p[k] for k in ("batch_size",) if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | fit_given, "fit")
-    of_stages = {k: p[k] for k in ("epochs", "patience", "lr") if p[k]} | {k: v for k, v in given["fit"].items() if k in STAGE_KEYS}
+    wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
+    of_stages = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}
+    fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
     stages = tuple(override(Stage(**s), of_stages, "fit") for s in preset["stages"])
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
@@ -299,7 +299,8 @@ def rules_text(table, metrics_shown):
 # %% ../nbs/21_experiment.ipynb #cell-28
 def save_progress(run, model, state, record, meta):
     "One checkpoint; the best one so far keeps the best weights of the stage."
-    weights = {f"last.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in (state.best_weights or {}).items()}
+    kinds = {"last": model.state_dict(), "best": state.best_weights or {}, "average": state.average or {}}
+    weights = {f"{kind}.{k}": v for kind, part in kinds.items() for k, v in part.items()}
     run.save_checkpoint(f"{record['stage']}-{record['epoch'] + 1:04d}", weights, {"fit": state.to_dict(), "rng": rng_state(loader=state.rng)}, meta, best=record["best"])
 
 def load_progress(run, model, meta):
@@ -310,7 +311,7 @@ def load_progress(run, model, meta):
     part = lambda name: {k.partition(".")[2]: v for k, v in saved.weights.items() if k.startswith(name + ".")}
     model.load_state_dict(part("last"))
     missing = missing_parts(saved.state, ("fit", "rng")) + missing_parts(saved.state.get("fit", {}), ("optimizer",))
-    state = FitState(torch.Generator().manual_seed(0), **saved.state.get("fit", {}), best_weights=part("best") or None)
+    state = FitState(torch.Generator().manual_seed(0), **saved.state.get("fit", {}), best_weights=part("best") or None, average=part("average") or None)
     _, notes = restore_rng(saved.state.get("rng"), loader=state.rng)
     run.notes += missing + notes
     run.truncate(saved.offset)
@@ -393,16 +394,17 @@ def _from_rules_to_result(config, run, parts, clock, say, stopper):
     run.status("running", "baselines")
     announce(run, config, parts, say)
     fitted = baselines.Fitted(parts.sequences)
-    def ruled(split, plans): return baseline_table(rank_rules(parts.sequences, split, plans, fitted) | rank_oracle(config, parts.sequences, split, plans[0]))
-    table = ruled("test", parts.plans)
-    run.append({"kind": "rules", "split": config.eval.select_on, "table": ruled(config.eval.select_on, [parts.plan])})
+    def ruled(split, plans): return rank_rules(parts.sequences, split, plans, fitted) | rank_oracle(config, parts.sequences, split, plans[0])
+    rules = ruled("test", parts.plans)
+    table = baseline_table(rules)
+    run.append({"kind": "rules", "split": config.eval.select_on, "table": baseline_table(ruled(config.eval.select_on, [parts.plan]))})
     for line in rules_text(table, [metrics.metric_name("NDCG", 10, p.name) for p in parts.plans]): say(line)
     clock.prepare = time.perf_counter() - clock.start
     stopped, reason = _train(config, run, parts, clock, say, stopper)
     if stopped:
         run.status("stopped", reason)
         raise RunStopped(f"{run.path.name} was stopped: {reason}; go on with -p resume {run.path.name} -p runs_dir {run.path.parent}")
-    result = _finish(config, run, parts, table, clock)
+    result = _finish(config, run, parts, rules, table, clock)
     run.status("done", reason)
     for line in result_lines(result, parts.plans): say(line)
     return result | {"path": str(run.path)}
@@ -423,6 +425,7 @@ def result_lines(result, plans):
     "The test line of each protocol, and how long it took."
     def cell(name): return f"{name} {result['test'][name]:.4f} [{result['ci'][name][0]:.4f}, {result['ci'][name][1]:.4f}]"
     lines = ["test  " + "  ".join(cell(n) for n in (metrics.metric_name("HR", 10, p.name), metrics.metric_name("NDCG", 10, p.name)) if n in result["test"]) for p in plans]
+    lines += [f"!  {badge}" for badge in result["badges"]]
     return lines + [f"best epoch {result['best_epoch']} of {result['epochs']}; training {clock_text(result['seconds']['train'])} of {clock_text(result['seconds']['total'])}"]
 
 # %% ../nbs/21_experiment.ipynb #cell-34
@@ -442,7 +445,7 @@ def _train(config, run, parts, clock, say, stopper):
         if stopper.wanted() and not state.done: return True, stopper.reason
     return False, reason
 
-def _finish(config, run, parts, table, clock):
+def _finish(config, run, parts, rules, table, clock):
     "Score the test cases once with the best weights; write ranks and result."
     start, model, s = time.perf_counter(), parts.model, parts.sequences
     if parts.state.best_weights: model.load_state_dict(parts.state.best_weights)
@@ -453,6 +456,7 @@ def _finish(config, run, parts, table, clock):
         run.save_ranks("valid", "", rank_model(config, s, model, "valid", valid)[valid[0].name])
     clock.evaluate += time.perf_counter() - start
     result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, table, clock)
+    result["badges"] = [str(b) for p in parts.plans for b in baselines.badges(found[p.name], rules, p.name)]
     run.write_result(result)
     run.append({"kind": "result", "test": result["test"]}); run.sync()
     return result

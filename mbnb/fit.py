@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISION', 'FitError', 'FitConfig', 'Stage', 'lr_factor', 'turns', 'partition', 'make_optimizer',
-           'objective', 'seed_everything', 'FitState', 'judge', 'stop_reason', 'start_fabric', 'train_step', 'fit']
+           'objective', 'seed_everything', 'FitState', 'judge', 'stop_reason', 'start_fabric', 'train_step', 'fit',
+           'move_average']
 
 # %% ../nbs/10_fit.ipynb #cell-2
 import math
@@ -28,6 +29,7 @@ class FitConfig:
     eval_batch_size: int = 256
     accumulate: int = 1             # batches per optimizer step
     clip: float = 0.                # largest gradient norm; 0 = off
+    average: float = 0.             # share of the running mean of the weights that each epoch keeps; 0 = the last weights count
     min_delta: float = -1.          # what counts as better for `patience`; -1 = half a standard error of the monitor
     precision: str = "32"           # "32", "bf16" or "16" (mixed)
     devices: int = 1
@@ -141,10 +143,11 @@ class FitState:
     done: bool = False
     optimizer: dict | None = None
     best_weights: dict | None = None
+    average: dict | None = None     # running mean of the weights
 
     def to_dict(self):
-        "Plain values and the optimizer's state. The generators and the best weights are saved beside it."
-        return {k: v for k, v in self.__dict__.items() if k not in ("rng", "best_weights")}
+        "Plain values and the optimizer's state. The generators and the other weights are saved beside it."
+        return {k: v for k, v in self.__dict__.items() if k not in ("rng", "best_weights", "average")}
 
 # %% ../nbs/10_fit.ipynb #cell-21
 def judge(state, value, error, stage, min_delta):
@@ -261,16 +264,27 @@ def _steps_per_epoch(sequences, config, max_len):
     "Optimizer steps of one epoch (with a token limit: at least)."
     return -(-len(sequences.train) // (config.batch_size * config.accumulate))
 
-# %% ../nbs/10_fit.ipynb #cell-28
+# %% ../nbs/10_fit.ipynb #cell-29
+def move_average(state, weights, share):
+    "The running mean after one more epoch: `share` of the old one, free of a bias towards its start."
+    new = (1 - share) / (1 - share ** (state.epoch + 1))
+    if state.average is None: state.average = weights
+    else: state.average = {k: torch.lerp(state.average[k], w, new) if w.is_floating_point() else w for k, w in weights.items()}
+
+# %% ../nbs/10_fit.ipynb #cell-31
 def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_stage):
     "Evaluate, judge, remember the best weights and move to the next stage when this one ends; the epoch's record."
     model.eval()
     start = time.perf_counter()
+    untrained, last = state.epoch < 0, _weights(model)
+    if config.average and not untrained:
+        move_average(state, last, config.average)
+        model.load_state_dict(state.average)
     with torch.no_grad(): found = evaluate(model)
-    untrained = state.epoch < 0
     better = judge(state, found["value"], found["error"], stage, config.min_delta)
     if untrained: state.reference, state.flat = -math.inf, 0            # patience counts from the first trained epoch
     if better: state.best_weights = _weights(model)
+    if config.average: model.load_state_dict(last)
     reason = stop_reason(state, stage, found["error"], config.min_delta)
     state.optimizer = optimizer.state_dict()
     record = {"kind": "epoch", "stage": stage.name, "epoch": state.epoch, "step": state.step, "value": found["value"], "error": found["error"], "best": better, "best_epoch": state.best_epoch,
@@ -282,4 +296,5 @@ def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_sta
 def _next_stage(state):
     "Begin the next stage: a new optimizer, a new clock, the best weights kept."
     state.stage += 1
-    state.epoch, state.step, state.best, state.best_epoch, state.reference, state.flat, state.scale, state.optimizer = -1, 0, -math.inf, -1, -math.inf, 0, 1., None
+    state.epoch, state.step, state.best, state.best_epoch, state.reference, state.flat, state.scale = -1, 0, -math.inf, -1, -math.inf, 0, 1.
+    state.optimizer = state.average = None

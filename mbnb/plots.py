@@ -58,7 +58,7 @@ def metric_figure(records, metric="NDCG@10"):
     rules = rules_of(records)
     e = records[records.kind == "epoch"].reset_index(drop=True)
     x, low, high = list(range(len(e))), e.value - 1.96 * e.error, e.value + 1.96 * e.error
-    fig = go.Figure([go.Scatter(x=x + x[::-1], y=[*high, *low[::-1]], fill="toself", line=dict(width=0), fillcolor="rgba(0,114,178,.15)", name="95 % of users", hoverinfo="skip"),
+    fig = go.Figure([go.Scatter(x=x + x[::-1], y=[*high, *low[::-1]], fill="toself", line=dict(width=0), fillcolor="rgba(0,114,178,.15)", name="95 % of users", mode="lines", hoverinfo="skip"),
                      go.Scatter(x=x, y=e.value, mode="lines+markers", name="validation", line_color=COLORS["model"])])
     best = int(e.value.idxmax())
     fig.add_scatter(x=[best], y=[e.value[best]], mode="markers", marker=dict(symbol="star", size=14, color=COLORS["best"]), name=f"best: {e.value[best]:.4f}")
@@ -108,7 +108,8 @@ def slice_table(result):
 def config_table(summary):
     "{part: {setting: value}} as a table with one row a part."
     rows = [{"part": part, "settings": escape(", ".join(f"{k}={v}" for k, v in values.items()))} for part, values in summary.items() if values]
-    return pd.DataFrame(rows).style.hide().set_properties(**{"text-align": "left", "white-space": "normal"})
+    left = [{"selector": "th, td", "props": "text-align: left; white-space: normal"}]
+    return pd.DataFrame(rows).style.hide().set_table_styles(left)
 
 def result_text(result):
     "Where a run is, how long it took and what it needed."

@@ -54,7 +54,8 @@ def retail(shared_data):
 @pytest.fixture(scope="module")
 def whole(retail):
     "retail_beh with its whole train file to fit on, as the stored numbers were measured: without a validation part."
-    return replace(retail, train=Cases(*(np.concatenate([getattr(retail.train, f.name), getattr(retail.valid, f.name)]) for f in fields(Cases))))
+    parts = retail.train, retail.valid
+    return replace(retail, train=Cases(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Cases))))
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +156,11 @@ def test_taobao_category(shared_data):
     ranks = rank_baselines(s, s.test, [plan(s, "full")], fitted=fitted)
     assert len(s.test) == 538 and int((~ranks["pop"][""].repeat).sum()) == 109
     assert row(ranks, "pop", "pop_behavior") == pytest.approx([0.108, 0.053, 0.128, 0.064], abs=CLOSE)
-    assert row(ranks, "copy_recency", "copy_behavior", "copy_count") == pytest.approx([0.755, 0.598, 0.758, 0.539, 0.721, 0.470], abs=CLOSE)
-    assert row(ranks, "markov", "markov_behavior") == pytest.approx([0.484, 0.418, 0.473, 0.414], abs=0.01)     # the training part of that
-    assert baseline_notes(ranks, fitted)["copy_behavior"].startswith("strong: cart")                          # measurement is not known
+    assert row(ranks, "copy_recency", "copy_behavior") == pytest.approx([0.755, 0.598, 0.758, 0.539], abs=CLOSE)
+    assert row(ranks, "copy_count") == pytest.approx([0.721, 0.470], abs=CLOSE)
+    # the training part behind the stored numbers of this pair is not known: no fit that was tried gives them to three digits
+    assert row(ranks, "markov", "markov_behavior") == pytest.approx([0.484, 0.418, 0.473, 0.414], abs=0.01)
+    assert baseline_notes(ranks, fitted)["copy_behavior"].startswith("strong: cart")
 
 
 def test_taobao_category_file_order(shared_data):
@@ -178,7 +181,8 @@ def test_kuairand(shared_data):
     s = strictly_earlier(load("kuairand-impression"))
     ranks = rank_baselines(s, s.test, [plan(s, "full")])
     assert len(s.test) == 664 and s.n_items == 1_853
-    assert row(ranks, "pop", "pop_behavior", "markov", "markov_behavior") == pytest.approx([0.006, 0.004] * 2 + [0.034, 0.015] * 2, abs=CLOSE)
+    assert row(ranks, "pop", "pop_behavior") == pytest.approx([0.006, 0.004] * 2, abs=CLOSE)
+    assert row(ranks, "markov", "markov_behavior") == pytest.approx([0.034, 0.015] * 2, abs=CLOSE)
     assert row(ranks, "copy_recency", "copy_count") == pytest.approx([0.009, 0.008, 0.009, 0.006], abs=CLOSE)
 
 
