@@ -20,14 +20,15 @@ ap = argparse.ArgumentParser()
 ap.add_argument("data")
 ap.add_argument("--epochs", type=int, default=20)
 ap.add_argument("--batch", type=int, default=128)
+ap.add_argument("--ff", type=int, default=256)
 ap.add_argument("--seed", type=int, default=0)
 ap.add_argument("--precision", default="32")
 a = ap.parse_args()
 
 torch.set_num_threads(2)
-s = load(a.data, columns={"user": "user_id", "item": "item_id", "timestamp": "timestamp"})
+s = load(a.data, columns={"user": "user_id", "item": "item_id", "timestamp": "timestamp"}, behavior="view")
 state = FitState(seed_everything(a.seed))
-model = SASRec(SASRec.Config.small(s.n_items, dropout=0.2))
+model = SASRec(SASRec.Config.small(s.n_items, dropout=0.2, ff_dim=a.ff))
 no_check = lambda model: {"value": 0.0, "error": 0.0, "metrics": {}}
 start = time.perf_counter()
 for record in fit(

@@ -18,12 +18,12 @@ a = ap.parse_args()
 data, peer = event_file(a.data), peer_python("rectools")
 
 
-def side(python, script, precision):
-    return lambda k: child(python, script, data, "--epochs", a.epochs, "--precision", precision, "--seed", k)
+def side(python, script, precision, *more):
+    return lambda k: child(python, script, data, "--epochs", a.epochs, "--precision", precision, "--seed", k, *more)
 
 
 for precision in a.precisions:
-    found = in_turn({"mbnb": side(sys.executable, "_ours.py", precision), "rectools": side(peer, "_rectools.py", precision)}, a.repeats)
+    found = in_turn({"mbnb": side(sys.executable, "_ours.py", precision, "--ff", 64), "rectools": side(peer, "_rectools.py", precision)}, a.repeats)
     ours, theirs = found["mbnb"], found["rectools"]
     if {r["test_items"] for r in ours} != {r["test_items"] for r in theirs}:
         sys.exit("the two sides have other test items: nothing was compared")

@@ -65,7 +65,7 @@ def _gap(a, b):
     "Largest difference of two score matrices where both are finite; inf where one is and the other is not."
     if not torch.equal(a.isfinite(), b.isfinite()): return math.inf
     keep = a.isfinite()
-    return float((a[keep] - b[keep]).abs().max()) if keep.any() else 0.
+    return float((a[keep] - b[keep]).detach().abs().max()) if keep.any() else 0.
 
 # %% ../nbs/13_checks.ipynb #cell-10
 def shapes(model, batch):
