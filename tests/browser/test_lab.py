@@ -21,16 +21,20 @@ DONE = f"() => {STATUS} === 'idle' && {PROMPTS}.some(p => /\\[\\d+\\]/.test(p)) 
 
 
 def run_all(tab):
-    "Menu Run > Run All Cells; again if the kernel was not there yet and nothing began."
+    "Menu Run > Run All Cells; again if the kernel was not there yet and nothing began. A dialog in the way (which kernel?) is answered first."
     from playwright.sync_api import TimeoutError
-    for _ in range(6):
-        tab.get_by_role("menuitem", name="Run", exact=True).first.click()
-        tab.get_by_text("Run All Cells", exact=True).first.click()
+    for _ in range(8):
         try:
+            if tab.locator(".jp-Dialog .jp-mod-accept").count():
+                tab.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=5_000)
+                tab.wait_for_timeout(2_000)
+            tab.get_by_role("menuitem", name="Run", exact=True).first.click(timeout=5_000)
+            tab.get_by_text("Run All Cells", exact=True).first.click(timeout=5_000)
             tab.wait_for_function(BEGUN, timeout=10_000)
-            return tab.wait_for_function(DONE, timeout=120_000)
+            return tab.wait_for_function(DONE, timeout=150_000)
         except TimeoutError:
             if tab.evaluate(BEGUN): raise
+            tab.keyboard.press("Escape")
     pytest.fail("no cell began to run")
 
 
