@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from mbnb.checks import check_floors
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PACKAGE = ROOT / "nbs", ROOT / "mbnb"
 BIN = Path(sys.executable).parent
@@ -163,18 +165,7 @@ def test_wheel_finds_its_notebooks(wheel, tmp_path):
 
 # ---- imports ----
 
-FLOORS = (("events", "toyshop", "layers"),
-          ("sequences", "items", "datasets"),
-          ("models", "losses", "evaluators"),
-          ("fit", "runs", "doctor", "checks", "lint"),
-          ("zoo", "experiment"),
-          ("plots", "report", "panel", "compare", "sweep"),
-          ("cli",))
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py")) if not p.name.startswith("_")}
-
-
-def page_of(module): return re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", MODULES[module].read_text())[1]
 
 
 def imported(node, module):
@@ -186,38 +177,9 @@ def imported(node, module):
     return [f"{stem}.{a.name}" for a in node.names]
 
 
-def rooms_used(module):
-    "Modules of ours that a module imports anywhere, in functions too."
-    names = {name.removeprefix("mbnb.") for node in ast.walk(ast.parse(MODULES[module].read_text()))
-             for name in imported(node, module) if name.startswith("mbnb.")}
-    return {next((m for m in (name, name.rpartition(".")[0]) if m in MODULES), name) for name in names} - {"__version__", "__file__"}
-
-
-def wrong_way(module, other):
-    "Why `module` may not import `other`; '' if it may. On one floor only a later page may import, a model or a loss nothing."
-    here, there = FLOOR[module.split(".")[0]], FLOOR.get(other.split(".")[0])
-    if there is None: return "which has no floor"
-    if there > here: return f"up, from floor {here} to {there}"
-    if there == here == 2 and (module.split(".")[0], other.split(".")[0]) != ("evaluators", "evaluators"): return "sideways"
-    if there == here and page_of(other) >= page_of(module): return f"sideways, to the later page {page_of(other)}"
-    return ""
-
-
 def test_imports_go_down():
     "A room stands on lower floors only; a model never imports a model, a loss never a loss."
-    homeless = [m for m in MODULES if m.split(".")[0] not in FLOOR]
-    assert not homeless, f"no floor is set for mbnb.{', mbnb.'.join(homeless)}"
-    wrong = [f"mbnb.{m} imports mbnb.{o}: {why}" for m in MODULES for o in sorted(rooms_used(m)) if (why := wrong_way(m, o))]
-    assert not wrong, "\n".join(wrong)
-
-
-def test_a_wrong_import_is_seen():
-    "The check itself: relative, in a function, from the package."
-    line = ast.parse("def f():\n    from ..models.sasrec import SASRec\n    from .. import cli").body[0].body
-    assert [imported(n, "losses.ce") for n in line] == [["mbnb.models.sasrec.SASRec"], ["mbnb.cli"]]
-    assert wrong_way("losses.ce", "models.sasrec") == wrong_way("models.sasrec", "models.mgpt") == "sideways"
-    assert wrong_way("events", "cli").startswith("up")
-    assert not wrong_way("models.sasrec", "layers")
+    assert check_floors(PACKAGE) == len(MODULES)
 
 
 def test_imports_are_declared():

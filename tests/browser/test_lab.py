@@ -21,7 +21,7 @@ DONE = f"() => {STATUS} === 'idle' && {PROMPTS}.some(p => /\\[\\d+\\]/.test(p)) 
 
 
 def run_all(tab):
-    "Menu Run > Run All Cells; again if the kernel was not there yet and nothing began. A dialog in the way (which kernel?) is answered first."
+    "Menu Run > Run All Cells; again if the kernel was not there yet. A dialog in the way (which kernel?) is answered first."
     from playwright.sync_api import TimeoutError
     for _ in range(8):
         try:
