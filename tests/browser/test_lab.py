@@ -21,21 +21,19 @@ DONE = f"() => {STATUS} === 'idle' && {PROMPTS}.some(p => /\\[\\d+\\]/.test(p)) 
 
 
 def run_all(tab):
-    "Menu Run > Run All Cells; again if the kernel was not there yet. A dialog in the way (which kernel?) is answered first."
+    "Menu Run > Run All Cells once the kernel is idle; a dialog in the way (which kernel?) is answered, and if nothing began it is tried again."
     from playwright.sync_api import TimeoutError
     for _ in range(8):
         try:
-            if tab.locator(".jp-Dialog .jp-mod-accept").count():
-                tab.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=5_000)
-                tab.wait_for_timeout(2_000)
+            if tab.locator(".jp-Dialog .jp-mod-accept").count(): tab.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=5_000)
+            tab.wait_for_function("() => /\\| Idle/.test(document.body.innerText)", timeout=30_000)
             tab.get_by_role("menuitem", name="Run", exact=True).first.click(timeout=5_000)
             tab.get_by_text("Run All Cells", exact=True).first.click(timeout=5_000)
             tab.wait_for_function(BEGUN, timeout=10_000)
-            return tab.wait_for_function(DONE, timeout=150_000)
         except TimeoutError:
-            if tab.evaluate(BEGUN): raise
-            tab.keyboard.press("Escape")
-    pytest.fail("no cell began to run")
+            if not tab.evaluate(BEGUN): continue
+        return tab.wait_for_function(DONE, timeout=150_000)
+    pytest.fail(f"no cell began to run; dialogs: {tab.locator('.jp-Dialog').all_inner_texts()}")
 
 
 def free_port():
