@@ -21,7 +21,7 @@ DONE = f"() => {STATUS} === 'idle' && {PROMPTS}.some(p => /\\[\\d+\\]/.test(p)) 
 
 
 def run_all(tab):
-    "Menu Run > Run All Cells once the kernel is idle; a dialog in the way (which kernel?) is answered, and if nothing began it is tried again."
+    "Menu Run > Run All Cells once the kernel is idle; a dialog in the way (which kernel?) is answered; tried again if nothing began."
     from playwright.sync_api import TimeoutError
     for _ in range(8):
         try:
