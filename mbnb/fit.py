@@ -57,6 +57,7 @@ class Stage:
     warmup: int = 0                 # steps of linear warm-up
     optimizer: str = "adam"         # or "adamw"
     weight_decay: float = 0.
+    beta2: float = .98              # Adam's second; SASRec's. Many public codes keep torch's .999
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES: raise FitError(f"stage {self.name!r}: schedule={self.schedule!r} is unknown; valid: {', '.join(SCHEDULES)}")
@@ -95,7 +96,7 @@ def partition(model, stage):
 
 # %% ../nbs/10_fit.ipynb #cell-13
 def make_optimizer(model, stage, side):
-    "The stage's optimizer over what it trains, one parameter group a sub-module with a rate of its own. Adam's second beta is .98, as SASRec's."
+    "The stage's optimizer over what it trains, one parameter group a sub-module with a rate of its own."
     rates = stage.lr if isinstance(stage.lr, dict) else {"*": stage.lr}
     def rate(name):
         found = [v for m, v in rates.items() if m != "*" and _under(name, [m])] or [rates.get("*")]
@@ -106,7 +107,7 @@ def make_optimizer(model, stage, side):
         p.requires_grad_(side[name] >= 0)
         if side[name] >= 0: groups.setdefault(rate(name), []).append(p)
     make = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return make([{"params": ps, "lr": r, "base": r} for r, ps in groups.items()], betas=(.9, .98), weight_decay=stage.weight_decay, fused=True)
+    return make([{"params": ps, "lr": r, "base": r} for r, ps in groups.items()], betas=(.9, stage.beta2), weight_decay=stage.weight_decay, fused=True)
 
 # %% ../nbs/10_fit.ipynb #cell-15
 def objective(prediction, loss, weights, rng):
