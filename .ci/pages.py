@@ -2,6 +2,7 @@
 
     python .ci/pages.py                        every numbered page and the index
     python .ci/pages.py 00_events train        these; an entry page runs in a folder of its own, so its runs/ does not land in nbs/
+    python .ci/pages.py studies/gear_taobao    a study, with the runs in runs/: what is missing there is run, which may take hours
 
 A page is written back only if it ran to its end, holds no more than LIMIT bytes of output and names no path of this machine.
 Cells marked `eval: false` or `slow` keep the output they have.
@@ -34,9 +35,9 @@ class PageError(Exception):
 
 
 def pages(names):
-    "Paths of the named pages; all but the entry pages without names."
-    found = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.parent.name != "studies")
-    if not names: return [p for p in found if not entry(p)]
+    "Paths of the named pages; all but the entry pages and studies without names."
+    found = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    if not names: return [p for p in found if not entry(p) and not study(p)]
     by_name = {key: p for p in found for key in (p.stem, str(p.relative_to(root / "nbs").with_suffix("")), str(p.relative_to(root)))}
     unknown = [n for n in names if n not in by_name]
     if unknown: sys.exit(f"no page {', '.join(unknown)}; pages are: {', '.join(sorted(p.stem for p in found))}")
@@ -46,6 +47,9 @@ def pages(names):
 def entry(path):
     "Entry pages stand at the top of nbs/ and carry no number."
     return path.parent == root / "nbs" and not path.stem[0].isdigit() and path.stem != "index"
+
+
+def study(path): return path.parent.name == "studies"
 
 
 def left_out(cell): return cell.cell_type != "code" or re.search(r"^#\|\s*(eval:\s*false|slow)", cell.source, re.M)
@@ -68,10 +72,10 @@ def joined(outputs):
     return kept
 
 
-def run(nb, folder, sockets):
+def run(nb, folder, sockets, timeout):
     "Executes the cells in order, each output left in its cell. Raises CellExecutionError."
     local = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
-    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, config=local)
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, config=local)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if left_out(cell): continue
@@ -107,7 +111,7 @@ def make(path):
     nb = nbformat.reads(json.dumps(before), as_version=4)
     try:
         with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as sockets:
-            run(nb, empty if entry(path) else path.parent, sockets)
+            run(nb, empty if entry(path) else root if study(path) else path.parent, sockets, None if study(path) else 900)
         size = check(nb)
     except CellExecutionError as e: return False, f"{name}: {e}"
     except PageError as e: return False, f"{name}: {e}"

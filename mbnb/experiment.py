@@ -8,10 +8,12 @@ __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'ORACLE_USERS', 'N
            'make_config', 'data_options', 'check_model', 'build_model', 'build_losses', 'build_plans', 'rank_model',
            'make_evaluate', 'rank_rules', 'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result',
            'Stopper', 'clock_text', 'epoch_line', 'rules_text', 'save_progress', 'load_progress', 'RunStopped', 'Parts',
-           'prepare', 'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'show_errors_short']
+           'prepare', 'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'find_run',
+           'finished', 'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
 import ast
+import json
 import os
 import resource
 import shlex
@@ -28,7 +30,8 @@ from . import datasets
 from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
 from .fit import FitConfig, FitState, Stage, fit, seed_everything
-from .runs import RunFolder, check_run_id, environment, load_run, missing_parts, new_run_id, refuse_differences, restore_rng, rng_state
+from .repeat import losses_of
+from .runs import RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, refuse_differences, restore_rng, rng_state
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
 # %% ../nbs/21_experiment.ipynb #cell-5
@@ -136,7 +139,8 @@ def make_config(**parameters):
     cls, spec, given = model_class(p["model"]), datasets.find_row(p["dataset"]), parse_set(p["set"])
     preset, advice = preset_of(cls, p["model"], p["preset"]), advised(spec, p["preset"])
     loss = p["loss"] or preset["loss"]
-    if loss not in cls.losses: raise unknown(f"loss for {p['model']}", loss, [n for n in cls.losses if n in LOSSES])
+    accepted = _losses(cls, given["model"].get("head", "softmax"))
+    if loss not in accepted: raise unknown(f"loss for {p['model']}", loss, [n for n in accepted if n in LOSSES])
     loss_config = asdict(override(loss_class(loss)(), given["loss"], "loss"))
     wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
     of_stages = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}
@@ -145,6 +149,11 @@ def make_config(**parameters):
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     return RunConfig(p | {"loss": loss}, model, loss, loss_config, data_options(spec, given["data"]), fit_config, override(evaluation, given["eval"], "eval"), stages)
+
+def _losses(cls, head):
+    "Names of the losses that the class takes with this head; ConfigError for an unknown head."
+    try: return losses_of(cls.losses, head)
+    except ValueError as e: raise ConfigError(str(e)) from e
 
 def data_options(spec, options):
     "The `data.` options, known to the data set's reader and split."
@@ -462,6 +471,35 @@ def _finish(config, run, parts, rules, table, clock):
     return result
 
 # %% ../nbs/21_experiment.ipynb #cell-36
+def find_run(config):
+    "The newest run of the same parameters in the config's `runs_dir`, a finished one before others; None if there is none."
+    own = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in NOT_SAVED}))
+    found = [load_run(path) for path in list_runs(config.parameters["runs_dir"])["path"]]
+    same = [run for run in found if all(run.config.get(k) == v for k, v in own.items()) and run.status["state"] != "running"]
+    return max(same, key=lambda run: (run.result is not None, run.id), default=None)
+
+def finished(say=print, **parameters):
+    "The finished Run of these parameters of `nbs/train.ipynb`: read, gone on with, or made."
+    config = configure(**parameters)
+    run = find_run(config)
+    if run is not None and run.result: return run
+    if run is not None: config = configure(**parameters | {"resume": run.id})
+    return load_run(run_experiment(config, say)["path"])
+
+# %% ../nbs/21_experiment.ipynb #cell-37
+def against_rules(run, rules=None, metric="NDCG", k=10):
+    """{protocol: {rule: Verdict}}: paired tests of a finished Run against rules without parameters, on the run's own test cases."""
+    config = configure(**{k: run.config[k] for k in PARAMETERS if k in run.config and k not in NOT_SAVED})
+    sequences = datasets.load(config.parameters["dataset"], **config.data)
+    plans, tests = build_plans(config, sequences, "test"), {}
+    ranked = baselines.rank_baselines(sequences, sequences.test, plans, rules)
+    for p in plans:
+        own = ranks.Ranks(**run.ranks("test", p.protocol if p.name else ""))
+        judge = lambda other: stats.compare(metrics.per_case(own, metric, k), metrics.per_case(other, metric, k), own.user)
+        tests[p.protocol] = {rule: judge(found[p.name]) for rule, found in ranked.items() if isinstance(found[p.name], ranks.Ranks)}
+    return tests
+
+# %% ../nbs/21_experiment.ipynb #cell-40
 def show_errors_short():
     "In a notebook, show an MbnbError as its message alone; the cell still fails."
     from IPython import get_ipython

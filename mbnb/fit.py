@@ -239,10 +239,11 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
     """Train `model` through `stages`; a generator of records. Leaving it stops training; `state` then says where.
 
     losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}}.
+    `model.train_len`, where there is one, says how many events a training batch may hold: for models that choose windows of their own.
     Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights."""
     fabric = start_fabric(config)
     state = state or FitState(seed_everything(config.seed))
-    max_len = max_len or model.config.max_len
+    max_len = max_len or getattr(model, "train_len", model.config.max_len)
     for number, stage in enumerate(stages):
         if number < state.stage or state.done: continue
         if state.best == -math.inf and state.best_weights: model.load_state_dict(state.best_weights)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'DASHES', 'smooth', 'thin', 'loss_figure', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table',
-           'result_table', 'protocol_tables', 'slice_table', 'config_table', 'result_text']
+           'result_table', 'protocol_tables', 'slice_table', 'config_table', 'result_text', 'runs_table',
+           'verdict_table']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 from html import escape
@@ -117,3 +118,18 @@ def result_text(result):
     return (f"{result['path']}: config.json, metrics.jsonl, ranks-*.npz, checkpoints/, result.json\n"
             f"best epoch {result['best_epoch']} of {result['epochs']}, {result['params']:,} parameters, {s['train']:.1f} s of training "
             f"({s['total']:.1f} s in all), peak memory {result['peak_rss_mb']:,.0f} MB")
+
+# %% ../nbs/22_plots.ipynb #cell-16
+def runs_table(runs, metrics=("HR@10", "NDCG@10"), rules=()):
+    "Finished Runs {label: Run} and the named rules of the first of them: label, seed, metrics with the 95 % interval of the last one, chosen epoch, minutes, run id."
+    cell = lambda row: {m: round(row[m], 4) if row.get(m) is not None else "" for m in metrics}
+    rows = [{"": label, "seed": run.config["seed"]} | cell(r["test"]) | {"95 %": "{:.3f} to {:.3f}".format(*r["ci"][metrics[-1]]), "epoch": f"{r['best_epoch']} of {r['epochs']}",
+             "minutes": round(r["seconds"]["train"] / 60, 1), "run": run.id} for label, run in runs.items() for r in [run.result]]
+    first = next(iter(runs.values())).result["baselines"]
+    rows += [{"": rule, "seed": "-"} | cell(first[rule]) for rule in rules]
+    return pd.DataFrame(rows).fillna("")
+
+def verdict_table(tests):
+    "{label: Verdict} as a table: difference of the run to the rule, its interval, p of the paired permutation test, words."
+    rows = [{"against": name, "difference": round(v.difference, 4), "95 %": f"{v.low:.4f} to {v.high:.4f}", "p": round(v.p, 4), "": v.words} for name, v in tests.items()]
+    return pd.DataFrame(rows)

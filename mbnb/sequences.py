@@ -439,6 +439,7 @@ class Prediction:
     bias: torch.Tensor | None = None    # (V,)
     aux: dict = field(default_factory=dict)      # name -> scalar: extra loss terms, means, unweighted
     exclude: torch.Tensor | None = None          # (N,X) rows that may not be negatives, 0 = none
+    copy: torch.Tensor | None = None             # (N,2) of a repeat head: log P(repeat, right item), log P(explore)
 
 # %% ../nbs/03_sequences.ipynb #cell-50
 def top_items(scores, k, exclude=None):

@@ -17,6 +17,9 @@ class ConfigError(MbnbError):
 
 MODELS = {
     "sasrec": "mbnb.models.sasrec:SASRec",
+    "mgpt": "mbnb.models.mgpt:MGPT",
+    "gear": "mbnb.models.gear:GEAR",
+    "mbht": "mbnb.models.mbht:MBHT",
 }
 LOSSES = {
     "ce": "mbnb.losses.ce:CE",

@@ -12,71 +12,93 @@ from math import log
 import torch
 
 # %% ../../nbs/losses/01_ce.ipynb #cell-5
-def _block(h, y, table, bias, grads):
-    """Sum of the losses of R rows: states (R,D), targets (R,), table (n,D), bias (n,) or None. With `grads` = (table gradient, bias gradient
-    or None) it adds the part of p^T h there and returns the gradient of h, (R,D), as well."""
-    z = (h @ table.T).float()
+def _mix(each, copy):
+    "Losses (R,1) of the softmax and copy (R,2) -> losses of the mixture (R,1), share of explore (R,1)."
+    explore = copy[:, 1:] - each
+    right = torch.logaddexp(copy[:, :1], explore)
+    return -right, (explore - right).exp()
+
+# %% ../../nbs/losses/01_ce.ipynb #cell-8
+def _logits(h, table, wide=2048):
+    "h @ table.T for states (R,D) and table (n,D), `wide` rows of the table at a time: BLAS is twice as fast on narrow outputs that stay in its cache."
+    if h.is_cuda: return h @ table.T
+    z = h.new_empty(len(h), len(table))
+    for a in range(0, len(table), wide): torch.mm(h, table[a:a + wide].T, out=z[:, a:a + wide])
+    return z
+
+def _block(h, y, table, bias, grads, copy=None):
+    """Sum of the losses of R rows: states (R,D), targets (R,), table (n,D), bias (n,) or None, copy (R,2) or None. With `grads` = (table gradient,
+    bias gradient or None) it adds the part of p^T h there and returns the gradient of h, (R,D), as well; with `copy`, the share of explore, (R,1)."""
+    z = _logits(h, table).float()
     if bias is not None: z += bias
     right, top = z.gather(1, y[:, None]), z.amax(1, keepdim=True)
     total = z.sub_(top).exp_().sum(1, keepdim=True)
-    value = (top + total.log() - right).sum()
-    if grads is None: return value, None
+    each, share = top + total.log() - right, None
+    if copy is not None:
+        each, share = _mix(each, copy.float())
+        total /= share                                         # its rows count by the share; where that is 0, by 1/inf
+    value = each.sum()
+    if grads is None: return value, None, share
     if grads[1] is not None: grads[1].addmv_(z.T, 1 / total[:, 0])
     z, scaled = z.to(h.dtype), (h / total).to(h.dtype)
     if h.dtype == torch.float32: grads[0].addmm_(z.T, scaled)
     else: grads[0].add_(z.T @ scaled)
-    return value, (z @ table) / total - table[y]
+    return value, (z @ table) / total - (table[y] if share is None else table[y] * share), share
 
-# %% ../../nbs/losses/01_ce.ipynb #cell-7
+# %% ../../nbs/losses/01_ce.ipynb #cell-10
 class _BlockedCE(torch.autograd.Function):
     "Mean cross-entropy of states (N,D) against table (n,D), `rows` of them at a time; what it saves are the gradients."
     @staticmethod
-    def forward(ctx, states, table, bias, targets, rows, dtype, train):
+    def forward(ctx, states, table, bias, copy, targets, rows, dtype, train):
         h, t, n = states.to(dtype), table.to(dtype), len(targets)
         grads = (torch.zeros_like(table, dtype=torch.float32), None if bias is None else torch.zeros_like(bias)) if train else None
         gh, value = torch.empty_like(states, dtype=torch.float32) if train else None, states.new_zeros((), dtype=torch.float32)
+        shares = None if copy is None else torch.empty(n, 1, device=states.device)
         for a in range(0, n, rows):
-            v, g = _block(h[a:a + rows], targets[a:a + rows], t, bias, grads)
+            v, g, share = _block(h[a:a + rows], targets[a:a + rows], t, bias, grads, None if copy is None else copy[a:a + rows])
             value += v
             if train: gh[a:a + rows] = g
+            if copy is not None: shares[a:a + rows] = share
         if train:
-            grads[0].index_add_(0, targets, states.float(), alpha=-1)
-            if bias is not None: grads[1].sub_(torch.bincount(targets, minlength=len(bias)))
-            ctx.save_for_backward(gh.div_(n), grads[0].div_(n), None if bias is None else grads[1].div_(n))
+            grads[0].index_add_(0, targets, states.float() if copy is None else states.float() * shares, alpha=-1)
+            if bias is not None: grads[1].sub_(torch.bincount(targets, None if copy is None else shares[:, 0], minlength=len(bias)))
+            gc = None if copy is None else torch.cat([shares - 1, -shares], 1).div_(n)
+            ctx.save_for_backward(gh.div_(n), grads[0].div_(n), None if bias is None else grads[1].div_(n), gc)
             ctx.dtypes = states.dtype, table.dtype
         return value / n
     @staticmethod
     def backward(ctx, g):
-        gh, gt, gb = ctx.saved_tensors
-        return (gh * g).to(ctx.dtypes[0]), (gt * g).to(ctx.dtypes[1]), None if gb is None else gb * g, None, None, None, None
+        gh, gt, gb, gc = ctx.saved_tensors
+        return (gh * g).to(ctx.dtypes[0]), (gt * g).to(ctx.dtypes[1]), *(None if x is None else x * g for x in (gb, gc)), None, None, None, None
 
-# %% ../../nbs/losses/01_ce.ipynb #cell-9
+# %% ../../nbs/losses/01_ce.ipynb #cell-12
 def block_rows(n, block_mb=0., kind="cpu"):
     "Rows of a block of logits against `n` candidates: `block_mb` MiB of float32; 0 chooses (256 MiB on a GPU)."
     rows = lambda mb: int(mb * 2**18 / n)
     if block_mb or kind != "cpu": return max(1, rows(block_mb or 256))
     return max(16, min(rows(64), max(256, rows(4))))
 
-# %% ../../nbs/losses/01_ce.ipynb #cell-11
-def cross_entropy(states, table, targets, bias=None, block_mb=0.):
-    """Mean softmax cross-entropy: states (N,D), table (n,D), targets (N,) row numbers of table, bias (n,) or None -> scalar float32.
-    Logits exist for one block of rows at a time, see `block_rows`. No targets -> 0."""
+# %% ../../nbs/losses/01_ce.ipynb #cell-14
+def cross_entropy(states, table, targets, bias=None, block_mb=0., copy=None):
+    """Mean softmax cross-entropy: states (N,D), table (n,D), targets (N,) row numbers of table, bias (n,) or None -> scalar float32; with copy (N,2),
+    the two logs of a repeat head, of the mixture. Logits exist for one block of rows at a time, see `block_rows`. No targets -> 0."""
     if not len(targets): return states.sum() * 0.
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     rows = block_rows(len(table), block_mb, kind)
-    train = torch.is_grad_enabled() and (states.requires_grad or table.requires_grad)
-    return _BlockedCE.apply(states, table, bias, targets, rows, dtype, train)
+    train = torch.is_grad_enabled() and (states.requires_grad or table.requires_grad or (copy is not None and copy.requires_grad))
+    return _BlockedCE.apply(states, table, bias, copy, targets, rows, dtype, train)
 
-# %% ../../nbs/losses/01_ce.ipynb #cell-17
+# %% ../../nbs/losses/01_ce.ipynb #cell-22
 @dataclass(frozen=True)
 class CE:
-    "Softmax cross-entropy over items 1..V-1 of a `Prediction`; at random init ln(n_items). Needs no negatives."
+    "Softmax cross-entropy over items 1..V-1 of a `Prediction`, mixed with its `copy` if it has one; at random init ln(n_items). Needs no negatives."
     block_mb: float = 0.    # MiB of one block of logits; 0 chooses by catalogue and device
+    mixes = True            # reads `Prediction.copy`; a loss that does not may not train a model with a repeat head
     def __call__(self, prediction, rng=None):
         "Prediction -> scalar, the mean over its N rows."
         p = prediction
-        return cross_entropy(p.states, p.table[1:], p.targets - 1, None if p.bias is None else p.bias[1:], self.block_mb)
+        return cross_entropy(p.states, p.table[1:], p.targets - 1, None if p.bias is None else p.bias[1:], self.block_mb, p.copy)
     def at_init(self, n_items):
         "The value expected of an untrained model whose logits are near 0."
         return log(n_items)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..layers import Dropout, TransformerBlock, causal_mask
+from ..repeat import History, RepeatHead, losses_of
 from ..sequences import Prediction, next_items, top_items
 
 # %% ../../nbs/models/01_sasrec.ipynb #cell-5
@@ -32,6 +33,8 @@ class Config:
     init_std: float = .02
     ln_eps: float = 1e-8
     positions: str = "all"          # "all": every next item is a target; "last": only the newest
+    head: str = "softmax"           # "repeat": a pointer into the history beside it; reads behaviors and times too
+    n_behaviors: int = 1            # a size of the data; only the repeat head asks
 
     @classmethod
     def small(cls, n_items, **changes):
@@ -60,7 +63,10 @@ class SASRec(nn.Module):
         self.embed_norm = nn.LayerNorm(c.d_model, c.ln_eps) if c.embed_norm else nn.Identity()
         self.final_norm = nn.LayerNorm(c.d_model, c.ln_eps) if c.norm_first else nn.Identity()
         self.drop, self.scale = Dropout(c.dropout), c.d_model ** .5 if c.scale_embedding else 1.
+        losses_of(self.losses, c.head)                  # an unknown head is an error
         self.reset()
+        if c.head == "repeat":                          # after the reset: the head has a start of its own
+            self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), ("item_seq", "behavior_seq", "time_seq")
 
     def reset(self):
         "Normal weights of `init_std`, zero biases, and a pad row of zeros."
@@ -69,6 +75,11 @@ class SASRec(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
         with torch.no_grad(): self.items.weight[0] = 0
+
+    def memory(self, batch):
+        "What the repeat head keeps of the histories."
+        history = History.of(batch, self.config.max_len)
+        return self.repeat.prepare(history, self.items(history.item))
 
     def states(self, item_seq):
         "int64 (B,L) -> (B,L,D); the newest `max_len` columns are read."
@@ -82,15 +93,20 @@ class SASRec(nn.Module):
     def forward(self, batch):
         "Batch -> Prediction over the positions trained on."
         h, y = self.states(batch.item_seq), next_items(batch)[:, -self.config.max_len:]
-        if self.config.positions == "last": h, y = h[:, -1:], y[:, -1:]
         keep = y != 0
-        return Prediction(h[keep], y[keep], self.items.weight)
+        if self.config.positions == "last": keep[:, :-1] = False
+        h, y, copy = h[keep], y[keep], None
+        if self.config.head == "repeat":
+            row, column = keep.nonzero(as_tuple=True)
+            copy = self.repeat(h, row, column + 1, self.memory(batch), targets=y)
+        return Prediction(h, y, self.items.weight, copy=copy)
 
     def score(self, batch):
         "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
-        z = (self.states(batch.item_seq)[:, -1] @ self.items.weight.T).float()
+        h = self.states(batch.item_seq)[:, -1]
+        z = (h @ self.items.weight.T).float()
         z[:, 0] = -torch.inf
-        return z
+        return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch))
 
     def recommend(self, batch, k):
         "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
