@@ -495,8 +495,8 @@ def against_rules(run, rules=None, metric="NDCG", k=10):
     ranked = baselines.rank_baselines(sequences, sequences.test, plans, rules)
     for p in plans:
         own = ranks.Ranks(**run.ranks("test", p.protocol if p.name else ""))
-        judge = lambda other: stats.compare(metrics.per_case(own, metric, k), metrics.per_case(other, metric, k), own.user)
-        tests[p.protocol] = {rule: judge(found[p.name]) for rule, found in ranked.items() if isinstance(found[p.name], ranks.Ranks)}
+        a, others = metrics.per_case(own, metric, k), {rule: found[p.name] for rule, found in ranked.items() if isinstance(found[p.name], ranks.Ranks)}
+        tests[p.protocol] = {rule: stats.compare(a, metrics.per_case(r, metric, k), own.user) for rule, r in others.items()}
     return tests
 
 # %% ../nbs/21_experiment.ipynb #cell-40

@@ -1,7 +1,6 @@
 "MBHT: the batched hypergraph against a slow loop over rows, the two forms, and the traps that its page does not show."
 import math
 from dataclasses import replace
-from itertools import count
 
 import pytest
 import torch
@@ -429,48 +428,6 @@ def test_repeat_head_takes_ce_only():
 
 
 # ---- the toy shop ----
-
-def trained(sequences, epochs, **changes):
-    "A small model after some epochs with a large step -> its judge: data with true behaviors -> per split (NDCG@10, after a buy)."
-    from mbnb.evaluators import metrics, protocols, ranks
-    from mbnb.fit import FitConfig, FitState, Stage, fit, seed_everything
-    rng, clock = seed_everything(0), count()                   # the last epoch counts as the best
-    model = MBHT(MBHT.Config.small(sequences.n_items, sequences.n_behaviors, dropout=.1, **changes))
-    stages, unseen = [Stage(epochs=epochs, patience=0, lr=1e-2)], lambda model: {"value": float(next(clock)), "error": 0., "metrics": {}}
-    for _ in fit(model, {None: CE()}, sequences, stages, FitConfig(), unseen, FitState(rng)): pass
-    return lambda whole: [per_case(model, sequences, whole, split, metrics, protocols, ranks) for split in ("valid", "test")]
-
-
-def per_case(model, sequences, whole, split, metrics, protocols, ranks):
-    "(NDCG@10 (N,), after a buy (N,)) of a split; `whole` has the true behaviors."
-    plan = protocols.make_plan(sequences, sequences.cases(split), "full", seen_filter="none", split=split)
-    found = ranks.rank_cases(model.score, sequences, sequences.cases(split), [plan], batch_size=256, max_len=49)
-    return metrics.per_case(found[plan.name], "NDCG", 10), protocols.slices(whole, whole.cases(split))["after_buy"]
-
-
-def edge_of_behaviors(effect, epochs=20):
-    "NDCG@10 after a buy, with behaviors minus without: (mean difference, p of the paired test)."
-    import numpy as np
-    from mbnb import datasets
-    from mbnb.evaluators import stats
-    shop = datasets.load("toyshop", behavior_effect=effect)
-    twin = replace(shop, behavior=np.ones_like(shop.behavior), behaviors=("", "any"))
-    found = []
-    for sequences in (shop, twin):
-        judge = trained(sequences, epochs)
-        found.append(np.concatenate([values[after] for values, after in judge(shop)]))
-    p = stats.permutation_test(*found)
-    return float(found[0].mean() - found[1].mean()), p
-
-
-@pytest.mark.slow
-def test_behaviors_pay_after_a_buy_and_only_if_they_matter():
-    (gain, p), (none, p_none) = edge_of_behaviors(1.), edge_of_behaviors(0.)
-    print(f"after a buy, with behaviors minus without: {gain:+.4f} (p {p:.4f}); behavior_effect=0: {none:+.4f} (p {p_none:.4f})")
-    assert gain > 0 and p < .05, (gain, p)
-    assert none <= 0 or p_none >= .05, (none, p_none)          # no advantage is left; the twin may be ahead
-    assert gain > 2 * abs(none)
-
 
 @pytest.mark.slow
 def test_above_markov_below_the_oracle():

@@ -100,7 +100,8 @@ def test_published_equals_slow_reference(length):
     slots = model.slots(batch, 0.)
     n = int(slots.real.sum())
     with torch.no_grad():
-        fast, slow = model.encode(slots, torch.arange(200)[None])[0][:, 0], slow_row(model, slots.item[0, :n].tolist(), slots.behavior[0, :n].tolist())
+        fast = model.encode(slots, torch.arange(200)[None])[0][:, 0]
+        slow = slow_row(model, slots.item[0, :n].tolist(), slots.behavior[0, :n].tolist())
     assert n == min(length, 199) + 1 and float((fast - slow).abs().max()) <= 1e-9
 
 

@@ -31,6 +31,7 @@ def test_a_study_runs(name, shared_data, tmp_path):
     page, out = STUDIES / f"{name}.ipynb", tmp_path / "out.ipynb"
     given = [x for k, v in SMALL[name].items() for x in ("-p", k, v)]
     command = [sys.executable, "-m", "papermill", str(page), str(out), "--cwd", str(tmp_path), "--no-progress-bar", *given]
-    done = subprocess.run([*command, "-p", "runs_dir", str(tmp_path / "runs")], capture_output=True, text=True, env=os.environ | {"MBNB_DATA": str(shared_data)})
+    command += ["-p", "runs_dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MBNB_DATA": str(shared_data)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert all((run / "result.json").exists() for run in (tmp_path / "runs").iterdir())
