@@ -564,6 +564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mbnb.experiment.make_config': ('experiment.html#make_config', 'mbnb/experiment.py'),
                                  'mbnb.experiment.make_evaluate': ('experiment.html#make_evaluate', 'mbnb/experiment.py'),
                                  'mbnb.experiment.make_result': ('experiment.html#make_result', 'mbnb/experiment.py'),
+                                 'mbnb.experiment.meaning': ('experiment.html#meaning', 'mbnb/experiment.py'),
                                  'mbnb.experiment.override': ('experiment.html#override', 'mbnb/experiment.py'),
                                  'mbnb.experiment.parse_set': ('experiment.html#parse_set', 'mbnb/experiment.py'),
                                  'mbnb.experiment.prepare': ('experiment.html#prepare', 'mbnb/experiment.py'),

@@ -8,7 +8,7 @@ __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'ORACLE_USERS', 'N
            'make_config', 'data_options', 'check_model', 'build_model', 'build_losses', 'build_plans', 'rank_model',
            'make_evaluate', 'rank_rules', 'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result',
            'Stopper', 'clock_text', 'epoch_line', 'rules_text', 'save_progress', 'load_progress', 'RunStopped', 'Parts',
-           'prepare', 'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'find_run',
+           'prepare', 'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'meaning', 'find_run',
            'finished', 'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
@@ -471,11 +471,17 @@ def _finish(config, run, parts, rules, table, clock):
     return result
 
 # %% ../nbs/21_experiment.ipynb #cell-36
+def meaning(saved):
+    "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads."
+    resolved = saved.get("resolved", {})
+    fit_config = {k: v for k, v in resolved.get("fit", {}).items() if k != "threads"}
+    return {k: saved.get(k) for k in ("model", "preset", "dataset", "loss")} | {"resolved": resolved | {"fit": fit_config}}
+
 def find_run(config):
-    "The newest run of the same parameters in the config's `runs_dir`, a finished one before others; None if there is none."
-    own = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in NOT_SAVED}))
+    "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."
+    own = meaning(json.loads(json.dumps(config.to_dict())))
     found = [load_run(path) for path in list_runs(config.parameters["runs_dir"])["path"]]
-    same = [run for run in found if all(run.config.get(k) == v for k, v in own.items()) and run.status["state"] != "running"]
+    same = [run for run in found if meaning(run.config) == own and run.status["state"] != "running"]
     return max(same, key=lambda run: (run.result is not None, run.id), default=None)
 
 def finished(say=print, **parameters):
@@ -483,7 +489,7 @@ def finished(say=print, **parameters):
     config = configure(**parameters)
     run = find_run(config)
     if run is not None and run.result: return run
-    if run is not None: config = configure(**parameters | {"resume": run.id})
+    if run is not None: config = configure(resume=run.id, runs_dir=config.parameters["runs_dir"])
     return load_run(run_experiment(config, say)["path"])
 
 # %% ../nbs/21_experiment.ipynb #cell-37

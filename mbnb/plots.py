@@ -127,7 +127,8 @@ def runs_table(runs, metrics=("HR@10", "NDCG@10"), rules=()):
              "minutes": round(r["seconds"]["train"] / 60, 1), "run": run.id} for label, run in runs.items() for r in [run.result]]
     first = next(iter(runs.values())).result["baselines"]
     rows += [{"": rule, "seed": "-"} | cell(first[rule]) for rule in rules]
-    return pd.DataFrame(rows).fillna("")
+    frame = pd.DataFrame(rows).astype(object)
+    return frame.where(frame.notna(), "")
 
 def verdict_table(tests):
     "{label: Verdict} as a table: difference of the run to the rule, its interval, p of the paired permutation test, words."
