@@ -33,10 +33,10 @@ def no_browser():
 def pytest_collection_modifyitems(config, items):
     without = no_browser()
     for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
+        slow = item.get_closest_marker("slow") and not config.getoption("--slow")
+        if slow: item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
         if without and item.get_closest_marker("browser"): item.add_marker(pytest.mark.skip(reason=without))
-        if item.get_closest_marker("real_data"): item.user_properties.append(("real_data", True))
+        if item.get_closest_marker("real_data") and not slow: item.user_properties.append(("real_data", True))
 
 
 # ---- what is told at the end: reports reach the main process, from which worker ever they come ----
