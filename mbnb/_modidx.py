@@ -598,6 +598,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'mbnb.fit.move_average': ('fit.html#move_average', 'mbnb/fit.py'),
                           'mbnb.fit.objective': ('fit.html#objective', 'mbnb/fit.py'),
                           'mbnb.fit.partition': ('fit.html#partition', 'mbnb/fit.py'),
+                          'mbnb.fit.release_memory': ('fit.html#release_memory', 'mbnb/fit.py'),
                           'mbnb.fit.seed_everything': ('fit.html#seed_everything', 'mbnb/fit.py'),
                           'mbnb.fit.start_fabric': ('fit.html#start_fabric', 'mbnb/fit.py'),
                           'mbnb.fit.stop_reason': ('fit.html#stop_reason', 'mbnb/fit.py'),

@@ -31,7 +31,7 @@ from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
 from .fit import FitConfig, FitState, Stage, fit, seed_everything
 from .repeat import losses_of
-from .runs import RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, refuse_differences, restore_rng, rng_state
+from .runs import LIVE, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, refuse_differences, restore_rng, rng_state
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
 # %% ../nbs/21_experiment.ipynb #cell-5
@@ -481,7 +481,7 @@ def find_run(config):
     "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."
     own = meaning(json.loads(json.dumps(config.to_dict())))
     found = [load_run(path) for path in list_runs(config.parameters["runs_dir"])["path"]]
-    same = [run for run in found if meaning(run.config) == own and run.status["state"] != "running"]
+    same = [run for run in found if meaning(run.config) == own and run.status["state"] not in LIVE]
     return max(same, key=lambda run: (run.result is not None, run.id), default=None)
 
 def finished(say=print, **parameters):

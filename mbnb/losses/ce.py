@@ -19,31 +19,29 @@ def _mix(each, copy):
     return -right, (explore - right).exp()
 
 # %% ../../nbs/losses/01_ce.ipynb #cell-8
-def _logits(h, table, wide=2048):
-    "h @ table.T for states (R,D) and table (n,D), `wide` rows of the table at a time: BLAS is twice as fast on narrow outputs that stay in its cache."
-    if h.is_cuda: return h @ table.T
-    z = h.new_empty(len(h), len(table))
-    for a in range(0, len(table), wide): torch.mm(h, table[a:a + wide].T, out=z[:, a:a + wide])
-    return z
+def _logits(h, table, room):
+    "table @ h.T in float32, (n,R): BLAS is faster on this shape than on its transpose. `room` holds it if it can: fresh memory costs as much as the product."
+    if h.dtype != torch.float32: return (table @ h.T).float()
+    return torch.mm(table, h.T, out=room[:len(table) * len(h)].view(len(table), -1))
 
-def _block(h, y, table, bias, grads, copy=None):
-    """Sum of the losses of R rows: states (R,D), targets (R,), table (n,D), bias (n,) or None, copy (R,2) or None. With `grads` = (table gradient,
-    bias gradient or None) it adds the part of p^T h there and returns the gradient of h, (R,D), as well; with `copy`, the share of explore, (R,1)."""
-    z = _logits(h, table).float()
-    if bias is not None: z += bias
-    right, top = z.gather(1, y[:, None]), z.amax(1, keepdim=True)
-    total = z.sub_(top).exp_().sum(1, keepdim=True)
-    each, share = top + total.log() - right, None
+def _block(h, y, table, bias, grads, room, copy=None):
+    """Sum of the losses of R rows: states (R,D), targets (R,), table (n,D), bias (n,) or None, copy (R,2) or None; `room` is overwritten. With `grads` =
+    (table gradient, bias gradient or None) it adds the part of p^T h there and returns the gradient of h, (R,D), as well; with `copy`, the share of explore, (R,1)."""
+    z = _logits(h, table, room)
+    if bias is not None: z += bias[:, None]
+    right, top = z.gather(0, y[None]), z.amax(0, keepdim=True)
+    total = z.sub_(top).exp_().sum(0)[:, None]
+    each, share = (top - right).T + total.log(), None
     if copy is not None:
         each, share = _mix(each, copy.float())
         total /= share                                         # its rows count by the share; where that is 0, by 1/inf
     value = each.sum()
     if grads is None: return value, None, share
-    if grads[1] is not None: grads[1].addmv_(z.T, 1 / total[:, 0])
+    if grads[1] is not None: grads[1].addmv_(z, 1 / total[:, 0])
     z, scaled = z.to(h.dtype), (h / total).to(h.dtype)
-    if h.dtype == torch.float32: grads[0].addmm_(z.T, scaled)
-    else: grads[0].add_(z.T @ scaled)
-    return value, (z @ table) / total - (table[y] if share is None else table[y] * share), share
+    if h.dtype == torch.float32: grads[0].addmm_(z, scaled)
+    else: grads[0].add_(z @ scaled)
+    return value, (z.T @ table) / total - (table[y] if share is None else table[y] * share), share
 
 # %% ../../nbs/losses/01_ce.ipynb #cell-10
 class _BlockedCE(torch.autograd.Function):
@@ -54,8 +52,9 @@ class _BlockedCE(torch.autograd.Function):
         grads = (torch.zeros_like(table, dtype=torch.float32), None if bias is None else torch.zeros_like(bias)) if train else None
         gh, value = torch.empty_like(states, dtype=torch.float32) if train else None, states.new_zeros((), dtype=torch.float32)
         shares = None if copy is None else torch.empty(n, 1, device=states.device)
+        room = states.new_empty(len(table) * min(rows, n), dtype=torch.float32) if dtype == torch.float32 else None
         for a in range(0, n, rows):
-            v, g, share = _block(h[a:a + rows], targets[a:a + rows], t, bias, grads, None if copy is None else copy[a:a + rows])
+            v, g, share = _block(h[a:a + rows], targets[a:a + rows], t, bias, grads, room, None if copy is None else copy[a:a + rows])
             value += v
             if train: gh[a:a + rows] = g
             if copy is not None: shares[a:a + rows] = share
@@ -76,7 +75,7 @@ def block_rows(n, block_mb=0., kind="cpu"):
     "Rows of a block of logits against `n` candidates: `block_mb` MiB of float32; 0 chooses (256 MiB on a GPU)."
     rows = lambda mb: int(mb * 2**18 / n)
     if block_mb or kind != "cpu": return max(1, rows(block_mb or 256))
-    return max(16, min(rows(64), max(256, rows(4))))
+    return max(16, min(256, rows(64), max(64, rows(8))) // 16 * 16)
 
 # %% ../../nbs/losses/01_ce.ipynb #cell-14
 def cross_entropy(states, table, targets, bias=None, block_mb=0., copy=None):
@@ -94,7 +93,6 @@ def cross_entropy(states, table, targets, bias=None, block_mb=0., copy=None):
 class CE:
     "Softmax cross-entropy over items 1..V-1 of a `Prediction`, mixed with its `copy` if it has one; at random init ln(n_items). Needs no negatives."
     block_mb: float = 0.    # MiB of one block of logits; 0 chooses by catalogue and device
-    mixes = True            # reads `Prediction.copy`; a loss that does not may not train a model with a repeat head
     def __call__(self, prediction, rng=None):
         "Prediction -> scalar, the mean over its N rows."
         p = prediction
