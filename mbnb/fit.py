@@ -15,10 +15,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from .events import MbnbError
-from .sequences import batches
+from .sequences import batch_rows, batches
 
 # %% ../nbs/10_fit.ipynb #cell-5
 class FitError(MbnbError):
@@ -229,6 +230,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
     source = batches(sequences, sequences.train, config.batch_size, max_len, rng=state.rng, tokens=config.tokens or None)
     start, cpu = time.perf_counter(), time.process_time()
     for chunk in _chunks(source, config.accumulate):
+        wait = time.perf_counter() - start
         for g in optimizer.param_groups: g["lr"] = g["base"] * state.scale * lr_factor(stage, state.step, steps)
         if groups > 1:
             for name, p in named: p.requires_grad_(side[name] == state.step % groups)
@@ -238,7 +240,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
         seconds = time.perf_counter() - start
         state.seconds += seconds
         if state.epochs: state.cpu_seconds += time.process_time() - cpu; state.targets += rows
-        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
                **({"terms": terms} if len(terms) > 1 else {}), **({} if norm is None else {"grad_norm": norm})}
         start, cpu = time.perf_counter(), time.process_time()
 
@@ -248,7 +250,7 @@ def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict(
 def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None):
     """Train `model` through `stages`; a generator of records. Leaving it stops training; `state` then says where.
 
-    losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}}.
+    losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}, ...}, all of it goes into the record.
     `model.train_len`, where there is one, says how many events a training batch may hold: for models that choose windows of their own.
     Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights."""
     fabric = start_fabric(config)
@@ -273,8 +275,10 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
     if state.best_weights: model.load_state_dict(state.best_weights)
 
 def _steps_per_epoch(sequences, config, max_len):
-    "Optimizer steps of one epoch (with a token limit: at least)."
-    return -(-len(sequences.train) // (config.batch_size * config.accumulate))
+    "Optimizer steps of one epoch; with a limit of tokens, as one shuffle has them."
+    if not config.tokens: return -(-len(sequences.train) // (config.batch_size * config.accumulate))
+    rows = batch_rows(np.minimum(sequences.train.length, max_len), config.batch_size, config.tokens, torch.Generator().manual_seed(config.seed))
+    return -(-len(rows) // config.accumulate)
 
 # %% ../nbs/10_fit.ipynb #cell-29
 def move_average(state, weights, share):
@@ -301,8 +305,8 @@ def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_sta
     if config.average: model.load_state_dict(last)
     reason = stop_reason(state, stage, found["error"], config.min_delta)
     state.optimizer = optimizer.state_dict()
-    record = {"kind": "epoch", "stage": stage.name, "epoch": state.epoch, "step": state.step, "value": found["value"], "error": found["error"], "best": better, "best_epoch": state.best_epoch,
-              "flat": state.flat, "metrics": found["metrics"], "eval_seconds": time.perf_counter() - start, **extra, **({"ends": reason} if reason else {})}
+    record = {"kind": "epoch", "stage": stage.name, "epoch": state.epoch, "step": state.step, **found, "best": better, "best_epoch": state.best_epoch,
+              "flat": state.flat, "eval_seconds": time.perf_counter() - start, **extra, **({"ends": reason} if reason else {})}
     if reason and last_stage: state.done = True
     elif reason: _next_stage(state)
     return record

@@ -102,7 +102,7 @@ def test_f09_resume_with_another_setting_is_refused_with_a_table(undisturbed):
 def test_f12_without_generators_it_resumes_and_says_so_loudly(tmp_path, monkeypatch):
     told, looks = [], itertools.count()
     monkeypatch.setattr(experiment, "rng_state", lambda **generators: {})
-    monkeypatch.setattr(experiment.Stopper, "wanted", lambda self: "test" if next(looks) > 12 else "")
+    monkeypatch.setattr(experiment.Control, "wanted", lambda self: "test" if next(looks) > 12 else "")
     with pytest.raises(experiment.RunStopped):
         run_experiment(configure(**SMALL, runs_dir=str(tmp_path), run_name="half"), say=told.append)
     monkeypatch.undo()
