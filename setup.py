@@ -38,5 +38,5 @@ setup(
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     python_requires=">=" + cfg["min_python"], install_requires=lines("requirements"), extras_require=extras,
     packages=find_packages(include=["mbnb", "mbnb.*"]), entry_points={"console_scripts": lines("console_scripts")},
-    cmdclass={"build_py": BuildWithNotebooks}, zip_safe=False,
+    package_data={"mbnb": ["js/*"]}, cmdclass={"build_py": BuildWithNotebooks}, zip_safe=False,
 )

@@ -8,9 +8,9 @@ __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'ORACLE_USERS', 'L
            'advised', 'make_config', 'data_options', 'check_model', 'build_model', 'build_losses', 'build_plans',
            'rank_model', 'make_evaluate', 'shown_cases', 'case_cards', 'peek', 'rank_rules', 'rank_oracle',
            'baseline_table', 'intervals', 'Clock', 'make_result', 'Control', 'clock_text', 'epoch_line', 'rules_text',
-           'save_progress', 'load_progress', 'RunStopped', 'Parts', 'prepare', 'run_folder_of', 'configure',
-           'run_experiment', 'announce', 'result_lines', 'meaning', 'find_run', 'finished', 'against_rules',
-           'show_errors_short']
+           'save_progress', 'load_progress', 'RunStopped', 'Parts', 'start_from', 'prepare', 'run_folder_of',
+           'configure', 'run_experiment', 'announce', 'result_lines', 'meaning', 'find_run', 'finished',
+           'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
 import ast
@@ -32,13 +32,13 @@ from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
 from .fit import FitConfig, FitState, Stage, fit, seed_everything
 from .repeat import losses_of
-from .runs import LIVE, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, refuse_differences, restore_rng, rng_state
+from .runs import LIVE, RunError, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, refuse_differences, restore_rng, rng_state
 from .sequences import collate, top_items
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
 # %% ../nbs/21_experiment.ipynb #cell-5
 PARAMETERS = dict(model="sasrec", preset="small", dataset="toyshop", loss="", protocol="", seen_filter="", select_on="valid", epochs=0, patience=0,
-                  batch_size=0, lr=0., max_len=0, seed=0, precision="32", devices=1, runs_dir="runs", run_name="", resume="", panel="text",
+                  batch_size=0, lr=0., max_len=0, seed=0, precision="32", devices=1, runs_dir="runs", run_name="", resume="", fork="", panel="text",
                   doctor="warn", lang="en", set="")
 CHOICES = {"select_on": ("valid", "test"), "precision": ("32", "bf16", "16"), "panel": ("text",), "doctor": ("stop", "warn", "off"), "lang": ("en", "zh"),
            "seen_filter": ("", "none", "target_behavior", "all_seen")}
@@ -376,6 +376,14 @@ class Parts:
     "What a run works with once its data is ready."
     sequences: object; plan: ranks.Plan; plans: list; model: torch.nn.Module; state: FitState; meta: dict
 
+def start_from(model, model_config, path):
+    "Give `model` the best weights of the run in the folder `path`; RunError where its model is another one."
+    saved = read_checkpoint(path, "best")
+    refuse_differences(saved.meta["config"]["model"], model_config, f"model than that of {path.name}")
+    own = {k.removeprefix("best."): v for k, v in saved.weights.items() if k.startswith("best.")}
+    try: model.load_state_dict(own)
+    except RuntimeError as e: raise RunError(f"{path}: its weights do not fit this model ({str(e).splitlines()[-1].strip()}); fork with the same model and data set") from e
+
 def prepare(config, bad_rows_to):
     "-> Parts; the plan is that of the split that chooses the epoch, `plans` are those of the test cases."
     options = dict(config.data)
@@ -384,15 +392,16 @@ def prepare(config, bad_rows_to):
     if not len(sequences.cases(split)): raise ConfigError(f"{sequences.name}: no {split} case to choose the epoch on; use another split, or cut times that leave some")
     state = FitState(seed_everything(config.fit.seed))
     model, model_config = build_model(config, sequences)
+    if config.parameters["fork"]: start_from(model, model_config, run_folder_of(config.parameters, "fork"))
     meta = {"config": config.to_dict()["resolved"] | {"model": model_config}, "data_hash": sequences.data_hash, "split_hash": sequences.split_hash}
     return Parts(sequences, build_plans(config, sequences, split, every=False)[0], build_plans(config, sequences, "test"), model, state, meta)
 
 # %% ../nbs/21_experiment.ipynb #cell-33
 NOT_SAVED = ("resume", "runs_dir", "panel", "lang", "run_name")
 
-def run_folder_of(p):
-    "The folder that `resume` names: a path, or the id of a run in `runs_dir`."
-    return Path(p["resume"]) if (Path(p["resume"]) / "config.json").exists() else Path(p["runs_dir"]) / p["resume"]
+def run_folder_of(p, name="resume"):
+    "The folder that `resume` (or `fork`) names: a path, or the id of a run in `runs_dir`."
+    return Path(p[name]) if (Path(p[name]) / "config.json").exists() else Path(p["runs_dir"]) / p[name]
 
 def configure(**parameters):
     """The RunConfig of the given parameters; with `resume`, of the run it names. Parameters given beside `resume` must equal that run's
@@ -447,7 +456,7 @@ def _from_rules_to_result(config, run, parts, clock, say, control):
     def ruled(split, plans): return rank_rules(parts.sequences, split, plans, fitted) | rank_oracle(config, parts.sequences, split, plans[0])
     rules = ruled("test", parts.plans)
     table = baseline_table(rules)
-    run.append({"kind": "rules", "split": config.eval.select_on, "table": baseline_table(ruled(config.eval.select_on, [parts.plan]))})
+    run.append({"kind": "rules", "split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "table": baseline_table(ruled(config.eval.select_on, [parts.plan]))})
     run.append({"kind": "peek", "split": config.eval.select_on, "cases": case_cards(parts.sequences, parts.sequences.cases(config.eval.select_on))})
     for line in rules_text(table, [metrics.metric_name("NDCG", 10, p.name) for p in parts.plans]): say(line)
     clock.prepare = time.perf_counter() - clock.start
@@ -507,6 +516,7 @@ def _finish(config, run, parts, rules, table, clock):
         run.save_ranks("valid", "", rank_model(config, s, model, "valid", valid)[valid[0].name])
     clock.evaluate += time.perf_counter() - start
     result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, table, clock)
+    result["selected"] = {"split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "value": parts.state.best}
     result["badges"] = [str(b) for p in parts.plans for b in baselines.badges(found[p.name], rules, p.name)]
     run.write_result(result)
     run.append({"kind": "result", "test": result["test"]}); run.sync()

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'STATES', 'LIVE', 'BEAT', 'ACTIONS', 'STEP_COLUMNS', 'RANK_ARRAYS', 'FORMAT', 'MANIFEST_KEYS', 'ENV_ALLOWED',
-           'PACKAGES', 'RESULT_KEYS', 'RunError', 'check_run_id', 'run_path', 'new_run_id', 'storage_errors', 'Hashed',
-           'sync_folder', 'write_stream', 'write_atomic', 'plain', 'save_json', 'read_json', 'boot_id', 'process_start',
-           'this_process', 'is_alive', 'Lock', 'Journal', 'parse_line', 'parse_lines', 'read_records', 'RunFolder',
-           'clear_orphans', 'refuse_existing', 'derived_status', 'send_request', 'Run', 'load_run', 'read_steps',
-           'Tail', 'ranks_file', 'digest', 'read_manifest', 'list_checkpoints', 'weight_bytes', 'tensor_bytes',
-           'parse_state', 'read_verified', 'versions', 'free_stem', 'need_room', 'Checkpoint', 'read_checkpoint',
-           'rng_state', 'restore_rng', 'missing_parts', 'flat', 'differences', 'refuse_differences', 'git_commit',
-           'cpu_model', 'environment', 'run_row', 'list_runs']
+           'PACKAGES', 'RESULT_KEYS', 'RunError', 'check_run_id', 'run_path', 'new_run_id', 'entry_notebooks',
+           'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain', 'save_json', 'read_json',
+           'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal', 'parse_line', 'parse_lines',
+           'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing', 'derived_status', 'send_request', 'Run',
+           'load_run', 'read_steps', 'Tail', 'ranks_file', 'digest', 'read_manifest', 'list_checkpoints',
+           'weight_bytes', 'tensor_bytes', 'parse_state', 'read_verified', 'versions', 'free_stem', 'need_room',
+           'Checkpoint', 'read_checkpoint', 'rng_state', 'restore_rng', 'missing_parts', 'flat', 'differences',
+           'refuse_differences', 'git_commit', 'cpu_model', 'environment', 'run_row', 'list_runs']
 
 # %% ../nbs/11_runs.ipynb #cell-3
 import errno
@@ -62,6 +62,15 @@ def new_run_id(model, dataset, seed):
     return check_run_id(f"{time.strftime('%Y%m%d-%H%M%S')}-{slug}-s{int(seed)}-{secrets.token_hex(3)}")
 
 # %% ../nbs/11_runs.ipynb #cell-15
+def entry_notebooks():
+    "{name: path} of the entry pages, from the installed package or from the checkout. Raises RunError if there are none."
+    package = Path(sys.modules["mbnb"].__file__).resolve().parent
+    folder = next((f for f in (package / "notebooks", package.parent / "nbs") if f.is_dir()), package / "notebooks")
+    found = {p.stem: p for p in sorted(folder.glob("[a-z]*.ipynb")) if p.stem != "index"}
+    if not found: raise RunError(f"no entry notebooks in {folder}: the installation is incomplete; install mbnb again")
+    return found
+
+# %% ../nbs/11_runs.ipynb #cell-18
 @contextmanager
 def storage_errors(path):
     "Turn the OSError and RuntimeError of a failed write into a RunError that names the path and what to do."
@@ -73,7 +82,7 @@ def storage_errors(path):
                }.get(getattr(e, "errno", None), "what was saved before is intact")
         raise RunError(f"{path}: cannot be written ({type(e).__name__}: {e}); {todo}") from e
 
-# %% ../nbs/11_runs.ipynb #cell-16
+# %% ../nbs/11_runs.ipynb #cell-19
 class Hashed:
     "A binary file that counts and hashes what is written to it."
     def __init__(self, file): self.file, self.sha, self.size, self.error = file, hashlib.sha256(), 0, None
@@ -88,7 +97,7 @@ class Hashed:
         self.size += len(data)
         return len(data)
 
-# %% ../nbs/11_runs.ipynb #cell-18
+# %% ../nbs/11_runs.ipynb #cell-21
 def sync_folder(path):
     "fsync a folder: the names in it are on the disk."
     fd = os.open(path, os.O_RDONLY)
@@ -121,7 +130,7 @@ def write_atomic(path, data: bytes):
     "Write bytes atomically. -> name, SHA-256 and size."
     return write_stream(path, lambda file: file.write(data))
 
-# %% ../nbs/11_runs.ipynb #cell-23
+# %% ../nbs/11_runs.ipynb #cell-26
 def plain(value):
     "What json cannot write by itself: dataclass, path, set, NumPy or torch scalar and array -> plain values."
     if is_dataclass(value) and not isinstance(value, type): return asdict(value)
@@ -140,7 +149,7 @@ def read_json(path):
     except FileNotFoundError: raise RunError(f"{path}: no such file") from None
     except (OSError, ValueError) as e: raise RunError(f"{path}: not readable as JSON ({e})") from e
 
-# %% ../nbs/11_runs.ipynb #cell-26
+# %% ../nbs/11_runs.ipynb #cell-29
 SILENT = 60  # seconds without a heartbeat after which a process that cannot be looked at counts as gone
 
 @functools.cache
@@ -162,7 +171,7 @@ def this_process():
     "What a lock and a status say about their writer."
     return {"pid": os.getpid(), "boot_id": boot_id(), "started": process_start(os.getpid()), "host": socket.gethostname()}
 
-# %% ../nbs/11_runs.ipynb #cell-27
+# %% ../nbs/11_runs.ipynb #cell-30
 def is_alive(owner):
     "Is the process that a lock or status names (pid, boot_id, started, host, heartbeat) still there?"
     beat = owner.get("heartbeat")
@@ -175,7 +184,7 @@ def is_alive(owner):
     known = owner.get("started")
     return start == known if known and start else fresh
 
-# %% ../nbs/11_runs.ipynb #cell-31
+# %% ../nbs/11_runs.ipynb #cell-34
 class Lock:
     "The right to write a folder: pid, boot id, start time and host in a file that is empty when free."
     def __init__(self, path): self.path, self.pid, self.note = Path(path), None, ""
@@ -210,7 +219,7 @@ class Lock:
             if owner.get("pid") == self.pid: file.truncate(0)
         self.pid = None
 
-# %% ../nbs/11_runs.ipynb #cell-36
+# %% ../nbs/11_runs.ipynb #cell-39
 class Journal:
     "The records of a run, one JSON object a line. `append`, `flush`, `fsync`, `size`, `cut`, `finish`."
     def __init__(self, path):
@@ -245,7 +254,7 @@ class Journal:
         self.file.flush()
         self._flushed = time.monotonic()
 
-# %% ../nbs/11_runs.ipynb #cell-37
+# %% ../nbs/11_runs.ipynb #cell-40
 @patch
 def fsync(self: Journal):
     "Everything appended so far is on the disk."
@@ -278,7 +287,7 @@ def finish(self: Journal):
     self.fsync()
     self.file.close()
 
-# %% ../nbs/11_runs.ipynb #cell-39
+# %% ../nbs/11_runs.ipynb #cell-42
 def parse_line(line):
     "One record, or None when the line is not a JSON object."
     try: record = json.loads(line)
@@ -309,7 +318,7 @@ def read_records(path, offset=0):
     if bad: notes.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}" + (f" after byte {offset}" if offset else ""))
     return [record for record in records if record is not None], offset + len(whole) + len(end), notes
 
-# %% ../nbs/11_runs.ipynb #cell-46
+# %% ../nbs/11_runs.ipynb #cell-49
 STATES = ("queued", "running", "paused", "stopping", "done", "stopped", "failed")
 LIVE = ("queued", "running", "paused", "stopping")
 BEAT = 2.  # seconds between two heartbeats
@@ -351,7 +360,7 @@ def clear_orphans(path):
         notes.append(f"removed {file.name}, left half written by a process that is gone")
     return notes
 
-# %% ../nbs/11_runs.ipynb #cell-48
+# %% ../nbs/11_runs.ipynb #cell-51
 @patch(cls_method=True)
 def create(cls: RunFolder, runs_dir, run_id):
     "Make the folder of a new run, state queued; RunError when the run exists, is being written, or the folder cannot be written."
@@ -385,7 +394,7 @@ def reopen(cls: RunFolder, runs_dir, run_id):
         run.notes.append(f"dropped the request {request['action']!r}: the process it was meant for is gone")
     return run
 
-# %% ../nbs/11_runs.ipynb #cell-50
+# %% ../nbs/11_runs.ipynb #cell-53
 @patch
 def status(self: RunFolder, state, reason="", **fields):
     "Write status.json now: a state out of STATES, the reason in words, and any fields (epoch, step, ...), which are kept."
@@ -405,7 +414,7 @@ def beat(self: RunFolder, **fields):
     self._status |= fields
     if time.monotonic() - self._beaten >= BEAT: self._write_status()
 
-# %% ../nbs/11_runs.ipynb #cell-51
+# %% ../nbs/11_runs.ipynb #cell-54
 @patch
 def append(self: RunFolder, record):
     "Append a record (a dict with a `kind`) to metrics.jsonl; its epoch and step go into the next heartbeat."
@@ -432,7 +441,7 @@ def write_json(self: RunFolder, name, value):
     "Write `<name>` (such as config.json) into the folder, atomically."
     return save_json(self.path / check_run_id(name), value)
 
-# %% ../nbs/11_runs.ipynb #cell-53
+# %% ../nbs/11_runs.ipynb #cell-56
 @patch
 def close(self: RunFolder, state="stopped", reason="closed before it said that it was done"):
     "Bring the records to the disk and give the lock back; a state that is not final becomes `state`."
@@ -452,7 +461,7 @@ def __exit__(self: RunFolder, kind, error, trace):
     try: self.close("stopped" if stopped else "failed", "interrupted" if stopped else f"{kind.__name__}: {error}")
     except RunError as e: error.add_note(f"and the run folder could not be closed: {e}")
 
-# %% ../nbs/11_runs.ipynb #cell-54
+# %% ../nbs/11_runs.ipynb #cell-57
 def derived_status(status):
     "What a status.json is worth now: 'crashed' when it says that the run works and its process is gone."
     if status.get("state") not in LIVE or is_alive(status): return status
@@ -460,7 +469,7 @@ def derived_status(status):
     reason = f"process {status.get('pid')} is gone; it was {status.get('state')}, last sign of life {age:.0f} s ago"
     return status | {"state": "crashed", "reason": reason}
 
-# %% ../nbs/11_runs.ipynb #cell-61
+# %% ../nbs/11_runs.ipynb #cell-64
 ACTIONS = ("pause", "resume", "stop", "lr")
 
 def send_request(path, action, **fields):
@@ -493,7 +502,7 @@ def acknowledge(self: RunFolder, request, answer="done"):
     self.status(self._status["state"], self._status["reason"], request_ack={"id": request["id"], "time": time.time()})
     (self.path / "requests" / f"{request['id']}.json").unlink(missing_ok=True)
 
-# %% ../nbs/11_runs.ipynb #cell-63
+# %% ../nbs/11_runs.ipynb #cell-66
 @dataclass
 class Run:
     "A run folder as its readers see it: config, environment, status, result, metrics, ranks, checkpoints. `notes`: what was left out."
@@ -522,7 +531,7 @@ def load_run(path):
     if not (path / "status.json").exists(): raise RunError(f"{path}: no run there (no status.json); `list_runs` shows what a folder holds")
     return Run(path)
 
-# %% ../nbs/11_runs.ipynb #cell-64
+# %% ../nbs/11_runs.ipynb #cell-67
 @patch(as_prop=True)
 def metrics(self: Run):
     "DataFrame: one row per record, column `kind`; a key that a record does not have is missing there."
@@ -532,7 +541,7 @@ def metrics(self: Run):
     self._note(f"metrics.jsonl: {note}" for note in notes)
     return pd.DataFrame(records) if records else pd.DataFrame(columns=["time", "kind"])
 
-# %% ../nbs/11_runs.ipynb #cell-67
+# %% ../nbs/11_runs.ipynb #cell-70
 STEP_COLUMNS = ("time", "epoch", "step", "loss", "rows", "lr", "seconds", "wait", "grad_norm")
 def _columns(records):
     "Step records -> {column: float64 (N,)}, NaN where a record lacks it."
@@ -578,7 +587,7 @@ class Tail:
         whole, end, _ = data.rpartition(b"\n")
         if not end: return False
         steps, records, bad = read_steps(whole)
-        self.offset, self.mark = self.offset + len(whole) + 1, (self.mark + whole + end)[-200:]
+        self.offset, self.mark = self.offset + len(whole) + 1, (self.mark + whole[-200:] + end)[-200:]
         self.steps = {c: np.concatenate([old, steps[c]]) if len(old) else steps[c] for c, old in self.steps.items()}
         self.records, self.bad = self.records + records, self.bad + bad
         return True
@@ -587,7 +596,7 @@ class Tail:
         "The records of a kind, oldest first."
         return [r for r in self.records if r.get("kind") == kind]
 
-# %% ../nbs/11_runs.ipynb #cell-72
+# %% ../nbs/11_runs.ipynb #cell-75
 RANK_ARRAYS = dict(case="int64", user="int64", target="int32", g="int32", e="int32", m="int32", repeat="bool")
 
 def ranks_file(split, plan=""):
@@ -623,7 +632,7 @@ def ranks(self: Run, split="test", plan=""):
         with np.load(file, allow_pickle=False) as arrays: return {name: arrays[name] for name in RANK_ARRAYS}
     except Exception as e: raise RunError(f"{file}: not a ranks file ({type(e).__name__}: {e}); evaluate the run again") from e
 
-# %% ../nbs/11_runs.ipynb #cell-76
+# %% ../nbs/11_runs.ipynb #cell-79
 FORMAT = 1  # of a checkpoint's manifest
 MANIFEST_KEYS = {"format", "name", "number", "best", "time", "offset", "versions", "files", "meta"}
 
@@ -650,7 +659,7 @@ def list_checkpoints(path):
         except RunError as e: notes.append(str(e))
     return sorted(found, key=lambda m: -m["number"]), notes
 
-# %% ../nbs/11_runs.ipynb #cell-78
+# %% ../nbs/11_runs.ipynb #cell-81
 def weight_bytes(weights):
     "{name: tensor} -> bytes of a safetensors file; tensors that share storage are saved each."
     import torch
@@ -670,7 +679,7 @@ def tensor_bytes(value):
     if isinstance(value, dict): value = value.values()
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple | type({}.values())) else 0
 
-# %% ../nbs/11_runs.ipynb #cell-81
+# %% ../nbs/11_runs.ipynb #cell-84
 def parse_state(data):
     "Bytes of a torch file -> its value, by weights_only=True; RunError when it holds more than tensors and plain values."
     import torch
@@ -689,7 +698,7 @@ def read_verified(folder, entry):
     if hashlib.sha256(data).hexdigest() != entry["sha256"]: raise RunError(f"{path.name}: SHA-256 differs, the file changed since it was written")
     return data
 
-# %% ../nbs/11_runs.ipynb #cell-84
+# %% ../nbs/11_runs.ipynb #cell-87
 def versions():
     "What the arithmetic of a run hangs on, beside its config: saved with a checkpoint, compared when it is loaded."
     import torch
@@ -708,7 +717,7 @@ def need_room(folder, size):
     if free < 2 * size: raise RunError(f"{folder}: {free / 1e6:.3g} MB free, a checkpoint of {size / 1e6:.3g} MB wants twice its size; "
                                        "free some space; the checkpoints that are there are intact")
 
-# %% ../nbs/11_runs.ipynb #cell-85
+# %% ../nbs/11_runs.ipynb #cell-88
 @patch
 def save_checkpoint(self: RunFolder, name, weights, state, meta, best=False):
     """Save weights {name: tensor}, state (tensors and plain values in dicts and lists) and meta (JSON); metrics.jsonl is synced and its
@@ -747,7 +756,7 @@ def _prove(self: RunFolder, folder, files):
             except RunError as e: raise RunError(f"{entry['name']}: could not be resumed from: {e}") from e
             self._proven = True
 
-# %% ../nbs/11_runs.ipynb #cell-86
+# %% ../nbs/11_runs.ipynb #cell-89
 @patch
 def _prune(self: RunFolder, folder):
     "Keep the last two checkpoints and the newest best one; the manifest of any other goes first, then files that none names."
@@ -764,7 +773,7 @@ def checkpoints(self: Run):
     self._note(notes)
     return found
 
-# %% ../nbs/11_runs.ipynb #cell-89
+# %% ../nbs/11_runs.ipynb #cell-92
 @dataclass
 class Checkpoint:
     "A loaded checkpoint. `offset`: where metrics.jsonl is to be cut; `exact`: nothing speaks against bit-equal resuming; `notes`: what does."
@@ -802,7 +811,7 @@ def _loaded(m, weights, state, notes, failed, which):
     if which == "best" and not m["best"]: passed.append(f"{m['name']} is not the best checkpoint: the best one is not there")
     return Checkpoint(m["name"], weights, state, m["meta"], m["offset"], not other, passed + other, [name for name, _ in failed])
 
-# %% ../nbs/11_runs.ipynb #cell-90
+# %% ../nbs/11_runs.ipynb #cell-93
 @patch
 def load_checkpoint(self: RunFolder, which="last"):
     "`read_checkpoint` of this folder; one that does not hold is set aside (`.json.bad`), so that it no longer counts as one of the last two."
@@ -811,7 +820,7 @@ def load_checkpoint(self: RunFolder, which="last"):
     self.notes += found.notes
     return found
 
-# %% ../nbs/11_runs.ipynb #cell-100
+# %% ../nbs/11_runs.ipynb #cell-103
 def rng_state(**generators):
     "State of Python's and torch's randomness and of each named torch or NumPy Generator, as a checkpoint's state can hold it."
     import random
@@ -837,7 +846,7 @@ def missing_parts(state, needed):
     "One loud note for each part of a checkpoint's state that an exact resume needs and that is not there."
     return [f"NOT EXACT: the checkpoint holds no {key!r}; the run goes on, but not as it would have" for key in needed if key not in state]
 
-# %% ../nbs/11_runs.ipynb #cell-104
+# %% ../nbs/11_runs.ipynb #cell-107
 def flat(value, prefix=""):
     "Nested dicts -> {'a.b': leaf}."
     if not isinstance(value, dict) or not value: return {prefix: value}
@@ -858,7 +867,7 @@ def refuse_differences(saved, now, what="config", may_differ=()):
     rows = table.rename(columns={"a": "saved", "b": "now"}).to_string(index=False)
     raise RunError(f"this run was started with another {what}; resume it with the same one, or start a new run:\n{rows}")
 
-# %% ../nbs/11_runs.ipynb #cell-107
+# %% ../nbs/11_runs.ipynb #cell-110
 ENV_ALLOWED = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONHASHSEED", "WORLD_SIZE")
 PACKAGES = ("mbnb", "torch", "numpy", "scipy", "pandas", "polars", "pyarrow", "safetensors", "lightning-fabric", "papermill", "nbdev")
 
@@ -879,7 +888,7 @@ def cpu_model():
     names = re.findall(r"^model name\s*: (.*)$", path.read_text(), re.M) if path.exists() else []
     return names[0] if names else platform.processor()
 
-# %% ../nbs/11_runs.ipynb #cell-108
+# %% ../nbs/11_runs.ipynb #cell-111
 def environment():
     "What a repeat of this run needs to know about the machine: versions, threads, processor, commit, allowed variables."
     from importlib.metadata import PackageNotFoundError, version
@@ -905,7 +914,7 @@ def write_result(self: RunFolder, result):
     if missing: raise RunError(f"result.json of {self.path.name}: no {', '.join(missing)}")
     return self.write_json("result.json", result)
 
-# %% ../nbs/11_runs.ipynb #cell-111
+# %% ../nbs/11_runs.ipynb #cell-114
 def run_row(path):
     "One row of `list_runs`; what a run has not written yet is missing."
     run = load_run(path)

@@ -1,0 +1,163 @@
+"The training panel in a headless Chromium: start, watch, steer, leave and come back."
+import json
+import time
+
+import pytest
+
+from mbnb.runs import load_run
+
+pytestmark = pytest.mark.browser
+STATE = "() => document.querySelector('.mbnb-state')?.classList.contains('{}')"
+ROWS = "() => document.querySelectorAll('.mbnb-tab tbody tr').length >= {}"
+
+
+def wait_state(tab, *states):
+    tab.wait_for_function("() => [" + ",".join(f"'{s}'" for s in states) + "].some(s => document.querySelector('.mbnb-state')?.classList.contains(s))", timeout=90_000)
+
+
+def press(tab, name): tab.get_by_role("button", name=name, exact=True).first.click()
+
+
+def fill(tab, name, value):
+    control = tab.locator(f'[data-name="{name}"]')
+    if control.evaluate("n => n.tagName") == "SELECT": control.select_option(value)
+    else:
+        control.fill(value)
+        control.press("Tab")
+
+
+def wait_command(tab, text): tab.wait_for_function(f"() => document.querySelector('.mbnb-command')?.textContent.includes({json.dumps(text)})", timeout=30_000)
+
+
+def start(tab, **settings):
+    for name, value in settings.items():
+        fill(tab, name, value)
+        wait_command(tab, value)
+    press(tab, "Start")
+
+
+def only_run(lab): return sorted((lab.folder / "runs").glob("*/status.json"), key=lambda p: p.stat().st_ctime)[-1].parent
+
+
+def records(folder, kind): return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+SETTINGS = {"dataset": "toyshop-tiny", "epochs": "400", "patience": "400", "model.d_model": "16", "eval.bootstrap": "50"}
+
+
+@pytest.fixture(scope="module")
+def tab(lab):
+    tab = lab.open("panel.ipynb", height=1200)
+    lab.run_all(tab)
+    tab.wait_for_selector(".mbnb")
+    yield tab
+    tab.close()
+
+
+def test_start_shows_the_first_points_and_the_command(lab, tab):
+    start(tab, **SETTINGS)
+    begun = time.monotonic()
+    wait_state(tab, "running")
+    running = time.monotonic()
+    tab.wait_for_function(ROWS.format(3), timeout=60_000)
+    print(f"running after {running - begun:.1f} s, two epochs after {time.monotonic() - begun:.1f} s")
+    assert tab.locator(".mbnb-chart canvas").count() == 4
+    tab.get_by_role("tab", name="Command").click()
+    shown = tab.locator(".mbnb-tab pre").inner_text()
+    assert "-p dataset toyshop-tiny" in shown and "model.d_model=16" in shown
+    tab.get_by_role("tab", name="Epochs").click()
+
+
+def test_pause_lr_and_resume_are_obeyed(lab, tab):
+    run = only_run(lab)
+    asked = time.monotonic()
+    press(tab, "Pause")
+    wait_state(tab, "paused")
+    assert time.monotonic() - asked < 5
+    before = len(records(run, "step"))
+    press(tab, "lr × 0.5")
+    tab.wait_for_timeout(1500)
+    assert len(records(run, "step")) == before, "the step counter stands still"
+    press(tab, "Resume")
+    wait_state(tab, "running")
+    tab.wait_for_function("n => true", timeout=1000)
+    for _ in range(100):
+        rates = [r["lr"] for r in records(run, "step")]
+        if rates[-1] == rates[0] / 2: break
+        time.sleep(.1)
+    assert rates[before - 1] == rates[0] and rates[-1] == rates[0] / 2
+    assert [r["action"] for r in records(run, "control")] == ["pause", "lr", "resume"]
+
+
+def test_reload_and_a_new_kernel_lose_nothing(lab, tab):
+    run = only_run(lab)
+    lab.save(tab)
+    tab.reload()
+    lab.ready(tab)
+    tab.wait_for_selector(".mbnb-chart canvas", timeout=60_000)
+    wait_state(tab, "running")
+    name = tab.locator(".mbnb-name").inner_text()
+    assert name == run.name
+    lab.menu(tab, "Kernel", "Restart Kernel…")
+    tab.locator(".jp-Dialog .jp-mod-accept, .jp-Dialog .jp-mod-warn").last.click()
+    tab.wait_for_timeout(1500)
+    lab.ready(tab)
+    lab.run_all(tab)
+    tab.wait_for_selector(".mbnb-chart canvas", timeout=60_000)
+    assert tab.locator(".mbnb-name").inner_text() == run.name, "a new kernel finds the run that works"
+    steps = len(records(run, "step"))
+    shown = tab.evaluate("() => [...document.querySelectorAll('.mbnb-row span')].map(s => s.textContent).find(t => /^step [0-9,]+$/.test(t))")
+    assert int(shown.split()[1].replace(",", "")) > steps // 2, "the curve is whole"
+
+
+def test_two_panels_agree_and_stop_leaves_a_checkpoint(lab, tab):
+    run = only_run(lab)
+    other = lab.open("second.ipynb", height=1200)
+    lab.run_all(other)
+    other.wait_for_selector(".mbnb-chart canvas", timeout=60_000)
+    asked = time.monotonic()
+    press(other, "Stop")
+    wait_state(tab, "stopping", "stopped")
+    acknowledged = time.monotonic() - asked
+    wait_state(tab, "stopped")
+    wait_state(other, "stopped")
+    print(f"acknowledged after {acknowledged:.2f} s, stopped after {time.monotonic() - asked:.2f} s")
+    assert time.monotonic() - asked < 15
+    other.close()
+    assert load_run(run).status["reason"] == "stop was requested" and list((run / "checkpoints").glob("*.json"))
+
+
+def test_resume_goes_on_and_stop_now_is_resumable(lab, tab):
+    run = only_run(lab)
+    epochs = len(records(run, "epoch"))
+    press(tab, "Resume")
+    wait_state(tab, "running")
+    for _ in range(300):
+        if len(records(run, "epoch")) > epochs: break
+        time.sleep(.1)
+    tab.once("dialog", lambda d: d.accept())
+    press(tab, "Stop now")
+    wait_state(tab, "crashed")
+    steps = [(r["epoch"], r["step"]) for r in records(run, "step")]
+    assert len(set(steps)) == len(steps), "no step twice"
+
+
+def test_fork_begins_with_the_best_weights(lab, tab):
+    run = only_run(lab)
+    best = max(r["value"] for r in records(run, "epoch"))
+    press(tab, "Fork from best")
+    wait_command(tab, f"fork {run.name}")
+    start(tab, epochs="1", run_name="forked") if tab.locator('[data-name="run_name"]').count() else start(tab, epochs="1")
+    wait_state(tab, "done")
+    forked = only_run(lab)
+    assert forked != run and records(forked, "epoch")[0]["value"] == pytest.approx(best), "its untrained epoch is the other's best"
+    lab.shot(tab.locator(".mbnb").first, "panel")
+
+
+def test_the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
+    lab.save(tab)
+    page = lab.folder / "panel.ipynb"
+    assert page.stat().st_size < 300_000
+    outputs = [o for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    html = "".join("".join(o["data"].get("text/html", "")) for o in outputs if "data" in o)
+    assert "all 1 epochs done" in html and "<svg" in html and "<script" not in html
