@@ -203,7 +203,7 @@ def run_row(entry, sheet, metric):
     low, high = ((r.get("ci") or {}).get(metric + sheet.suffix) or [None, None])[:2]
     minutes = lambda k: seconds[k] / 60 if number(seconds.get(k)) is not None else None
     own = {"run": entry.id, "label": label_of(entry), "dataset": r.get("dataset"), "seed": r.get("seed", entry.config.get("seed")), "value": metrics_of(r["test"], sheet.suffix).get(metric), "low": number(low), "high": number(high),
-           "minutes": minutes("total"), "train_minutes": minutes("train"), "params": number(r.get("params")), "memory_mb": number(r.get("peak_rss_mb")), "best_epoch": number(r.get("best_epoch")), "epochs": number(r.get("epochs")),
+           "minutes": minutes("total"), "train_minutes": minutes("train"), "params": r.get("params") if number(r.get("params")) is not None else None, "memory_mb": number(r.get("peak_rss_mb")), "best_epoch": number(r.get("best_epoch")), "epochs": number(r.get("epochs")),
            "doctor": doctor_badge(entry.cards), "state": entry.status.get("state"), "fingerprint": sheet.fingerprint}
     return own, settings_of(entry.config), metrics_of(r["test"], sheet.suffix)
 
@@ -268,10 +268,12 @@ def parse_filter(text):
         return {"&": " and ", "|": " or ", "~": " not "}[hit[3]]
     if len(text) > 500: raise CompareError(f"the filter has {len(text)} characters; at most 500 are read")
     plain = re.sub(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]+)`|([&|~])""", swap, text).strip()
-    try: return ast.parse(plain, mode="eval").body, quoted
+    try: tree = ast.parse(plain, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         hint = "; equality is written ==" if re.search(r"[^=<>!]=[^=]", text) else ""
         raise CompareError(f"the filter {text!r} cannot be read ({getattr(e, 'msg', None) or e}{hint}). Allowed: {ALLOWED}") from None
+    if sum(1 for _ in ast.walk(tree)) > 200: raise CompareError(f"the filter {text[:60]!r}... has more than 200 parts; write a shorter one")
+    return tree, quoted
 
 # %% ../nbs/25_compare.ipynb #cell-27
 def _refused(node): return CompareError(f"the filter may not hold {ast.unparse(node)[:60]!r} ({type(node).__name__}). Allowed: {ALLOWED}")
@@ -334,8 +336,7 @@ def filter_runs(frame, text):
     "The rows for which the expression holds; all of them for an empty one. CompareError says what cannot be read, which column is unknown or what is not allowed."
     if not text.strip(): return frame
     tree, quoted = parse_filter(text)
-    try: keep = _truth(_value(tree, lambda name: frame[column_of(frame, quoted.get(name, name))]), tree)
-    except RecursionError: raise CompareError(f"the filter {text[:60]!r} is nested too deep") from None
+    keep = _truth(_value(tree, lambda name: frame[column_of(frame, quoted.get(name, name))]), tree)
     return frame[keep] if isinstance(keep, pd.Series) else frame if keep else frame[:0]
 
 def sort_runs(frame, by="value", ascending=None):
@@ -410,9 +411,9 @@ def run_table(sheet, frame=None, metric="NDCG@10", by="", reference=None, hidden
     frame = keep_attrs(pd.concat([pinned, frame[frame["run"] != reference]]) if len(pinned) else frame, frame)
     rows = _group_rows(frame, rules, metric, by) if by else _run_rows(frame, rules, metric)
     rows += [{"kind": "chance" if r == "random" else "oracle" if r in ORACLES else "rule", "run": r, metric: row.get(metric), "notes": row.get("note", "")} for r, row in ordered_rules(rules, metric)]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, dtype=object)
     if len(pinned):
-        base, after = table[metric].iloc[0], table.columns.get_loc(metric) + (2 if "95 %" in table else 1)
+        base, after = table[metric].iloc[0], table.columns.get_loc(metric) + 2
         table.insert(after, "to reference", [None if k == 0 or missing(v) or missing(base) else v - base for k, v in enumerate(table[metric])])
     return table.drop(columns=[c for c in table.columns if c in hidden and c not in ("kind", "run", metric)])
 
@@ -445,8 +446,9 @@ def _group_rows(frame, rules, metric, by):
     folded = fold_runs(frame, by)
     end = lambda run: run.rpartition("-")[2] if re.fullmatch(r".*-[0-9a-f]{6}", run) else run
     def one(r):
-        return {"kind": "group", "run": " ".join(map(end, r["ids"])), **{k: r[k] for k in ("model", *folded.attrs["shown"]) if k in r}, "runs": r["runs"], "seeds": r["seeds"], metric: r["value"], "over seeds": r["words"].partition(" ")[2],
-                "minutes": r["minutes"], "params": r["params"], "MB": r["memory_mb"], "run ids": " ".join(r["ids"]), "notes": "; ".join(x for x in [standing(r["value"], rules, metric), f"differ in {r['mixed']}" if r["mixed"] else ""] if x)}
+        said = "; ".join(x for x in [standing(r["value"], rules, metric), f"differ in {r['mixed']}" if r["mixed"] else ""] if x)
+        return {"kind": "group", "run": " ".join(map(end, r["ids"])), **({"model": r["model"]} if "model" in r else {}), "runs": r["runs"], "seeds": r["seeds"], metric: r["value"], "over seeds": r["words"].partition(" ")[2], "notes": said,
+                "minutes": r["minutes"], "params": r["params"], "MB": r["memory_mb"], **{k: r[k] for k in folded.attrs["shown"]}, "run ids": " ".join(r["ids"])}
     return [one(r) for r in folded.to_dict("records")]
 
 # %% ../nbs/25_compare.ipynb #cell-42
@@ -671,7 +673,7 @@ def curve_figure(sheet, frame=None, metric="NDCG@10", x="epoch", smoothing=0., s
     for k, (label, curves) in enumerate(families[:MOST_CURVES]): _draw_curves(fig, k, label, curves, metric, smoothing, best, base)
     what = f"validation {label_text(metric)}" + (", best so far" if best else "") + (", minus the reference" if base is not None else "")
     told = f"{len(families)} lines" if len(families) <= MOST_CURVES else f"the first {MOST_CURVES} of {len(families)} lines (filter or sort to see others)"
-    spread = "; bands: one sd over seeds, lowest to highest for two" if seeds else ""
+    spread = "; ×3 = three seeds; bands: one sd over seeds, lowest to highest for two" if seeds else ""
     return look(fig, AXES[x], what, f"{sheet.title}: {told}{spread}", frame["run"])
 
 def _draw_curves(fig, k, label, curves, metric, smoothing, best, base):
@@ -682,7 +684,7 @@ def _draw_curves(fig, k, label, curves, metric, smoothing, best, base):
     curves = [c for c in curves if len(c[0])]
     if not curves: return
     at, mean, low, high = band(curves, best) if len(curves) > 1 else (*curves[0], None, None)
-    name = label_text(label) + (f" ({len(curves)} seeds)" if len(curves) > 1 else "")
+    name = label_text(label) + (f" ×{len(curves)}" if len(curves) > 1 else "")
     if low is not None: fig.add_scatter(x=[*at, *at[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=f"rgba({','.join(str(int(s['color'][i:i + 2], 16)) for i in (1, 3, 5))},.15)", line_width=0, mode="lines", hoverinfo="skip", showlegend=False, legendgroup=str(k))
     if smoothing and not best: fig.add_scatter(x=at, y=mean, mode="lines", line=dict(color=s["color"], width=1), opacity=.35, hoverinfo="skip", showlegend=False, legendgroup=str(k), name="raw")
     line = smooth(mean, smoothing) if smoothing and not best else mean
@@ -1025,7 +1027,7 @@ def reevaluate(entry, like, say=lambda text: None):
     return replace(entry, result=result)
 
 # %% ../nbs/25_compare.ipynb #cell-79
-GREY, LEGEND_AT, WIDE = "#7d7d7d", 660, 860
+GREY, LEGEND_AT, WIDE = "#7d7d7d", 640, 860
 DASHED = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "9 3 2 3", "longdash": "14 4"}
 
 def caption_of(fig, runs=False):
@@ -1091,7 +1093,7 @@ def svg_legend(traces):
         y = 30 + 17 * k
         if "lines" in t.mode: out.append(svg_line(t, [LEGEND_AT, LEGEND_AT + 24], [y - 4, y - 4]))
         if "markers" in t.mode: out.append(svg_marker(t.marker.symbol, LEGEND_AT + 12, y - 4, t.marker.color))
-        out.append(svg_text(LEGEND_AT + 30, y, t.name if len(t.name) < 29 else t.name[:27] + "…"))
+        out.append(svg_text(LEGEND_AT + 30, y, t.name if len(t.name) < 32 else t.name[:30] + "…"))
     return "".join(out)
 
 # %% ../nbs/25_compare.ipynb #cell-81
@@ -1364,7 +1366,7 @@ def rank_change(self: ComparePanel):
     except MbnbError as e: return [said(e)]
 
 # %% ../nbs/25_compare.ipynb #cell-92
-PARTS = {"Table": "tables", "Curves": "curves", "Settings and cost": "costs", "Verdict": "verdict", "Slices": "slices", "Rank change": "rank_change"}
+PARTS = {"Table": "tables", "Curves": "curves", "Settings": "costs", "Verdict": "verdict", "Slices": "slices", "Rank change": "rank_change"}
 
 @patch
 def parts(self: ComparePanel):
@@ -1412,9 +1414,9 @@ def make_controls(panel):
     runs = _options(panel.sheet.entries)
     pick = lambda name, options, value: w.Dropdown(description=name, options=options, value=value, **wide)
     inside = lambda run: run if run in panel.sheet.names else None
-    return {"fingerprint": pick("runs of", [(s.title, m) for m, s in panel.sheets.items()], c.fingerprint), "metric": pick("metric", [m for m in frame.attrs["metrics"] if "/" not in m], c.metric),
+    return {"fingerprint": w.Dropdown(description="runs of", options=[(s.title, m) for m, s in panel.sheets.items()], value=c.fingerprint, layout=w.Layout(width="560px"), style=wide["style"]), "metric": pick("metric", [m for m in frame.attrs["metrics"] if "/" not in m], c.metric),
             "filter": w.Text(description="filter", value=c.filter, placeholder='model=="mgpt" and ndcg10>.05', continuous_update=False, **wide), "by": w.Combobox(description="group by", options=["settings", "model"], value=c.by, placeholder="each run", continuous_update=False, **wide),
-            "sort": pick("sort", columns, c.sort if c.sort in columns else "value"), "reference": pick("reference", [("none", None), *runs], inside(c.reference)),
+            "sort": pick("sort", columns, c.sort if c.sort in columns else "value"), "reference": pick("reference", [("none", ""), *runs], inside(c.reference) or ""),
             "hidden_runs": w.SelectMultiple(description="hide runs", options=runs, value=[r for r in c.hidden_runs if inside(r)], rows=4, **wide), "hidden": w.SelectMultiple(description="hide columns", options=[k for k in panel.table().columns if k not in ("kind", "run", c.metric)], rows=4, **wide),
             "x": pick("x axis", list(AXES), c.x), "smoothing": w.FloatSlider(description="smoothing", min=0, max=.99, step=.01, value=c.smoothing, continuous_update=False, **wide), "seeds": w.Checkbox(description="bands over seeds", value=c.seeds, **wide),
             "best": w.Checkbox(description="best so far", value=c.best, **wide), "difference": w.Checkbox(description="minus the reference", value=c.difference, **wide), "cost": pick("cost", list(COSTS), c.cost),
@@ -1423,7 +1425,7 @@ def make_controls(panel):
             "literature": w.Textarea(description="typed in", placeholder="name; metric; value; source", continuous_update=False, rows=2, **wide)}
 
 # %% ../nbs/25_compare.ipynb #cell-96
-ROOMS = {"Table": ("filter", "by", "sort", "reference", "hidden_runs", "hidden", "literature"), "Curves": ("x", "smoothing", "seeds", "best", "difference"), "Settings and cost": ("cost",), "Verdict": ("a", "b"), "Slices": ("data",), "Rank change": ("user",)}
+ROOMS = {"Table": ("filter", "by", "sort", "reference", "hidden_runs", "hidden", "literature"), "Curves": ("x", "smoothing", "seeds", "best", "difference"), "Settings": ("cost",), "Verdict": ("a", "b"), "Slices": ("data",), "Rank change": ("user",)}
 
 def read_control(name, value):
     "What a widget's value means for the choice."
@@ -1432,6 +1434,7 @@ def read_control(name, value):
     if name == "user":
         if value.strip() and not value.strip().isdigit(): raise CompareError(f"user {value[:40]!r}: expected the row number of a user")
         return int(value) if value.strip() else None
+    if name == "reference": return value or None
     return value.strip() if name in ("filter", "by") else value
 
 @patch

@@ -524,10 +524,10 @@ def _finish(config, run, parts, rules, table, clock):
 
 # %% ../nbs/21_experiment.ipynb #cell-38
 def meaning(saved):
-    "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads."
+    "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
     resolved = saved.get("resolved", {})
-    fit_config = {k: v for k, v in resolved.get("fit", {}).items() if k != "threads"}
-    return {k: saved.get(k) for k in ("model", "preset", "dataset", "loss")} | {"resolved": resolved | {"fit": fit_config}}
+    fit_config = json.loads(json.dumps(asdict(FitConfig()))) | {k: v for k, v in resolved.get("fit", {}).items()} | {"threads": 0}
+    return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": fit_config}}
 
 def find_run(config):
     "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."

@@ -108,8 +108,8 @@ PHRASES |= {
     "dur_s": ("{v} s", "{v} 秒"), "dur_min": ("{v} min", "{v} 分钟"), "dur_h": ("{v} h", "{v} 小时"),
     "t_total": ("whole run", "总耗时"), "t_prepare": ("data and baselines", "数据与基线"), "t_train": ("training steps", "训练步"), "t_evaluate": ("evaluation", "评估"), "t_epochs": ("trained epochs", "已训练轮次"), "t_steps": ("training steps written", "已记录训练步数"),
     "t_epoch": ("median epoch, training", "单轮训练耗时（中位数）"), "t_eval": ("median epoch, evaluation", "单轮评估耗时（中位数）"), "t_rate": ("targets per CPU second", "每 CPU 秒训练目标数"), "t_memory": ("peak memory", "内存峰值"), "t_size": ("{v} MB", "{v} MB"),
-    "after_best": ("After the best epoch the stage went on for {n} epochs and {time}, {share} of the training and evaluation time of its epochs.", "最佳轮次之后该阶段又进行了 {n} 轮，耗时 {time}，占其各轮训练与评估时间的 {share}。"),
-    "machine": ("machine", "机器"), "cores": ("{cpu}, {cores} cores, {threads} threads", "{cpu}，{cores} 核，{threads} 线程"), "gpus": ("GPUs", "GPU"), "versions": ("versions", "版本"), "commit": ("commit", "提交"), "none_word": ("none", "无"),
+    "after_best": ("Epochs of the stage after its best one: {n}. They took {time}, {share} of its training and evaluation.", "该阶段在最佳轮次之后又进行了 {n} 轮，耗时 {time}，占其训练与评估时间的 {share}。"),
+    "machine": ("machine", "机器"), "cores": ("{cpu}; cores: {cores}; threads: {threads}", "{cpu}；核数：{cores}；线程数：{threads}"), "gpus": ("GPUs", "GPU"), "versions": ("versions", "版本"), "commit": ("commit", "提交"), "none_word": ("none", "无"),
     "findings_none": ("There are none yet: the folder holds no doctor.json.", "目前没有：运行目录中没有 doctor.json。"), "findings_clear": ("The doctor looked at the run and left no card.", "诊断已运行，没有留下任何条目。"), "advice_none": ("There is none yet: the folder holds no doctor.json.", "目前没有：运行目录中没有 doctor.json。"),
     "advice_clear": ("No card of the doctor holds a fix.", "诊断条目中没有修复建议。"), "severity": ("severity", "级别"), "card": ("card", "编号"), "message": ("finding", "发现"), "threshold": ("threshold", "阈值"), "fix": ("advice", "建议"),
     "sev_E": ("E error", "E 错误"), "sev_W": ("W warning", "W 警告"), "sev_I": ("I note", "I 提示"), "sev_muted": ("{severity} (muted)", "{severity}（已静音）"),
@@ -241,7 +241,7 @@ def best_checkpoint(story):
     "Where the best weights are."
     found = next((m for m in story.run.checkpoints if m["best"]), None)
     file = part(found or {}, "files").get("weights")
-    return story.say("weights_at", name=file["name"], size=number(file["size"] / 1e6, 1)) if file else story.say("weights_none")
+    return story.say("weights_at", name=file["name"], size=number(file["size"] / 1e6, 1)) if file and (story.run.path / "checkpoints" / file["name"]).exists() else story.say("weights_none")
 
 def best_table(story, protocol, fingerprint):
     "The headline metrics under one protocol, each with its interval and the best rule."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MEASURED', 'NOT_A_SETTING', 'SEARCHES', 'MAIN', 'POLL', 'TRIES', 'PATIENCE', 'SWEEP_PARAMETERS', 'check_key',
            'check_axis', 'trial_parameters', 'values_text', 'trial_config', 'run_meaning', 'ends', 'whole',
-           'check_space', 'grid_values', 'draw', 'random_values', 'import_optuna', 'distribution', 'optuna_values',
-           'check_fixed', 'make_plan', 'most', 'propose', 'Trial', 'sweep_path', 'read_plan', 'settle_plan',
-           'read_trials', 'minutes_worked', 'opened', 'set_budget', 'measure', 'folder_state', 'rows_trained',
-           'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial', 'best_command', 'train_command',
-           'threads_each', 'child_environment', 'Child', 'start_process', 'signal_group', 'ask_to_stop', 'kill',
-           'still_there', 'writer', 'ended', 'SweepStopped', 'Sweep', 'again', 'take_stock', 'finish', 'trial_line',
-           'spent', 'next_trial', 'start', 'collect', 'wind_down', 'work', 'listening', 'plan_text', 'run_sweep',
-           'sweep_figure', 'parse_space', 'sweep_arguments']
+           'check_space', 'grid_values', 'short', 'draw', 'random_values', 'import_optuna', 'distribution',
+           'optuna_values', 'check_fixed', 'make_plan', 'most', 'propose', 'Trial', 'sweep_path', 'read_plan',
+           'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'measure', 'folder_state',
+           'rows_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial', 'best_command',
+           'train_command', 'threads_each', 'child_environment', 'Child', 'start_process', 'signal_group',
+           'ask_to_stop', 'kill', 'still_there', 'writer', 'ended', 'SweepStopped', 'Sweep', 'again', 'take_stock',
+           'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect', 'wind_down', 'work', 'listening',
+           'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
 
 # %% ../nbs/26_sweep.ipynb #cell-2
 import ast
@@ -114,13 +114,17 @@ def grid_values(axes):
         if "low" in axis: raise ConfigError(f"{key}: a grid wants a list of choices, not a range; list the values, or search at random")
     return [dict(zip(axes, values)) for values in itertools.product(*(axis["choices"] for axis in axes.values()))]
 
+def short(x, axis):
+    "A fraction with the four digits that a person can type again."
+    return min(max(float(f"{x:.4g}"), axis["low"]), axis["high"])
+
 def draw(axis, rng):
-    "One value at random; a fraction is kept to four digits."
+    "One value at random."
     if "choices" in axis: return axis["choices"][rng.integers(len(axis["choices"]))]
     low, high = axis["low"], axis["high"]
     if axis["whole"] and not axis["log"]: return int(rng.integers(low, high + 1))
     x = math.exp(rng.uniform(math.log(low), math.log(high))) if axis["log"] else rng.uniform(low, high)
-    return int(round(x)) if axis["whole"] else min(max(float(f"{x:.4g}"), low), high)
+    return int(round(x)) if axis["whole"] else short(x, axis)
 
 def random_values(axes, seed, number, before, tries=1000):
     "Values of trial `number` that none of `before` has, or None where none was found."
@@ -151,7 +155,7 @@ def optuna_values(axes, seed, number, told, before, tries=10):
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials([optuna.trial.create_trial(params=inner(values), distributions=spread, value=value) for values, value in told])
         found = study.ask(spread).params
-        values = {key: axis["choices"][found[key]] if "choices" in axis else found[key] for key, axis in axes.items()}
+        values = {key: axis["choices"][found[key]] if "choices" in axis else found[key] if axis["whole"] else short(found[key], axis) for key, axis in axes.items()}
         if values not in before: return values
     return random_values(axes, seed, number, before)
 
@@ -480,11 +484,11 @@ def finish(s, t):
 
 def trial_line(t, trials, plan):
     "The line of a trial that ended."
-    m, total = t.measures, f"/{most(plan)}" if most(plan) < math.inf else ""
+    m, count = t.measures, f"{sum(o.state not in ('waiting', 'running') for o in trials)}{f'/{most(plan)}' if most(plan) < math.inf else ''}"
     shown = f"  valid {m['monitor']} {m['value']:.4f} +-{1.96 * m['error']:.4f}" if m.get("value") is not None else ""
     test = f" (test {m['test']:.4f})" if m.get("test") is not None else ""
     best = t.state == "done" and shown and all(o.measures["value"] < m["value"] for o in trials if o is not t and o.state == "done" and o.measures.get("value") is not None)
-    return f"trial {t.number + 1}{total}  {t.state:7s}  {values_text(t.values)}{shown}{test}{' *best' if best else ''}{'' if t.state == 'done' else '  ' + t.reason}  {t.run}"
+    return f"{count:>5s}  trial {t.number}  {t.state:7s}  {values_text(t.values)}{shown}{test}{' *best' if best else ''}{'' if t.state == 'done' else '  ' + t.reason}  {t.run}"
 
 # %% ../nbs/26_sweep.ipynb #cell-41
 def spent(s):
@@ -556,6 +560,7 @@ def work(s):
             if not s.children: return reason or "all trials ended"
             time.sleep(POLL)
     except BaseException as e:
+        s.say = lambda line: None           # it may be what failed
         while s.children:
             wind_down(s, f"the sweep ended: {type(e).__name__}", PATIENCE["interrupted"])
             time.sleep(POLL)
@@ -591,7 +596,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
         settle_plan(path, plan)
         s = Sweep(path, Path(runs_dir), read_plan(path), journal, n_jobs, say, command, worked=minutes_worked(path), signals=signals)
         s.write("begin", n_jobs=n_jobs, threads=threads_each(n_jobs), owner=this_process())
-        say(f"sweep {path}\n{plan_text(plan, n_jobs)}")
+        say(f"sweep {name}: {plan_text(plan, n_jobs)}")
         take_stock(s, crashed)
         if s.trials: say(f"{sum(t.state == 'done' for t in s.trials)} finished before, {len(s.children)} running, {len(s.waiting)} to go on with")
         reason = work(s)
@@ -608,9 +613,9 @@ def sweep_figure(table):
     keys = table.columns[3:list(table.columns).index(column)]
     done = table[(table.state == "done") & table[column].notna()].sort_values("trial")
     said = [escape(values_text({k: row[k] for k in keys})) for _, row in done.iterrows()]
-    fig = go.Figure([go.Scatter(x=done.trial + 1, y=done[column], mode="markers", name="trial", text=said, hovertemplate="trial %{x}: %{y:.4f}<br>%{text}", marker_color=COLORS["model"],
+    fig = go.Figure([go.Scatter(x=done.trial, y=done[column], mode="markers", name="trial", text=said, hovertemplate="trial %{x}: %{y:.4f}<br>%{text}", marker_color=COLORS["model"],
                                 error_y=dict(type="data", array=done[column.replace(column.split(" (")[0], "+-")], thickness=1)),
-                     go.Scatter(x=done.trial + 1, y=done[column].cummax(), mode="lines", line=dict(shape="hv", dash="dash", color=COLORS["best"]), name="best so far")])
+                     go.Scatter(x=done.trial, y=done[column].cummax(), mode="lines", line=dict(shape="hv", dash="dash", color=COLORS["best"]), name="best so far")])
     return fig.update_layout(width=760, height=300, margin=dict(l=60, r=20, t=30, b=45), template="plotly_white", xaxis_title="trial", yaxis_title=escape(column), xaxis_dtick=max(1, len(done) // 12))
 
 # %% ../nbs/26_sweep.ipynb #cell-55

@@ -100,7 +100,7 @@ function render({ model, el: root }) {
   function strip() {
     const s = model.get("view").strip || {};
     const bits = (s.facts || []).map(([k, v]) => el("span", {}, el("span", { class: "mbnb-soft" }, k + " "), v));
-    const pips = s.patience ? [el("span", { title: "epochs without improvement" }, el("span", { class: "mbnb-soft" }, "patience "), el("span", { class: "mbnb-pips" }, "●".repeat(Math.min(s.flat, s.patience)) + "○".repeat(Math.max(0, s.patience - s.flat))), ` ${s.flat} of ${s.patience}`)] : [];
+    const pips = s.patience ? [el("span", { title: "epochs without improvement" }, el("span", { class: "mbnb-soft" }, "patience "), el("span", { class: "mbnb-pips" }, s.patience > 12 ? "" : "●".repeat(Math.min(s.flat, s.patience)) + "○".repeat(Math.max(0, s.patience - s.flat))), ` ${s.flat} of ${s.patience}`)] : [];
     fill(parts.strip, ...(s.epochs ? [el("progress", { max: s.epochs, value: s.done, "aria-label": "epochs" })] : []), ...bits, ...pips);
   }
   function axes() {

@@ -194,7 +194,7 @@ class MGPT(nn.Module):
     inputs = ("item_seq", "behavior_seq")
     PRESETS = {
         "published": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": _schedule(3, epochs=300, patience=10)},
-        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128, "tokens": 4096, "average": .6}, "stages": _schedule(3, epochs=30, patience=10)},
+        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 64, "tokens": 2048, "unseen": "drawn"}, "stages": _schedule(3, epochs=8, lr=2e-3, schedule="cosine", patience=0)},
         "small": {"loss": "ce", "fit": {"batch_size": 64}, "stages": _schedule(2, epochs=20, patience=3)},
     }
 
