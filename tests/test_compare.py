@@ -1,4 +1,5 @@
 """Comparing runs: what may share a table, a chart or a test; hostile names; two hundred runs; what is exported; the entry page."""
+
 import ast
 import csv
 import io
@@ -19,28 +20,84 @@ from mbnb.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-TEST = {"HR@10": .4, "NDCG@10": .3, "MRR": .2, "AUC": .9, "mean rank": 40.0}
+TEST = {"HR@10": 0.4, "NDCG@10": 0.3, "MRR": 0.2, "AUC": 0.9, "mean rank": 40.0}
 
 
-def made(folder, name, *, model="gear", seed=0, dataset="toy", fingerprints=None, data_hash="d" * 64, settings=None, ranks=True, rule="pop", shift=0, n=200, **more):
+def made(
+    folder,
+    name,
+    *,
+    model="gear",
+    seed=0,
+    dataset="toy",
+    fingerprints=None,
+    data_hash="d" * 64,
+    settings=None,
+    ranks=True,
+    rule="pop",
+    shift=0,
+    n=200,
+    **more,
+):
     "A finished run folder with made-up numbers."
     g = np.maximum(0, np.random.default_rng(7).integers(0, 60, n) - shift)
-    arrays = dict(case=np.arange(n), user=np.arange(n) // 2, target=np.arange(n) % 50 + 1, g=g, e=np.zeros(n, int), m=np.full(n, 99), repeat=np.arange(n) % 3 > 0)
-    parts = {"model": {"d_model": 8} | (settings or {}), "fit": {"seed": seed, "threads": 1}, "loss": {}, "data": {}, "eval": {"seen_filter": "none", "seed": 0},
-             "stages": [{"name": "fit", "lr": .1}]}
+    arrays = dict(
+        case=np.arange(n),
+        user=np.arange(n) // 2,
+        target=np.arange(n) % 50 + 1,
+        g=g,
+        e=np.zeros(n, int),
+        m=np.full(n, 99),
+        repeat=np.arange(n) % 3 > 0,
+    )
+    parts = {
+        "model": {"d_model": 8} | (settings or {}),
+        "fit": {"seed": seed, "threads": 1},
+        "loss": {},
+        "data": {},
+        "eval": {"seen_filter": "none", "seed": 0},
+        "stages": [{"name": "fit", "lr": 0.1}],
+    }
     names = {"model": model, "preset": "small", "dataset": dataset, "loss": "ce", "seed": seed, "select_on": "valid"}
     fingerprints = fingerprints or {"full": "aaaa0000"}
-    test = {k + ("" if p == "full" else f"[{p}]"): v + .001 * shift for p in fingerprints for k, v in TEST.items()}
-    result = names | {"run_id": name, "protocol": ", ".join(fingerprints), "fingerprint": next(iter(fingerprints.values())), "fingerprints": fingerprints, "n_cases": n, "best_epoch": 2, "epochs": 4,
-                      "test": test, "ci": {"NDCG@10": [.28, .33]}, "slices": {"repeat": {"n": 130, "metrics": {"NDCG@10": .4}}, "novel": {"n": 9, "metrics": "not measurable"}},
-                      "baselines": {"random": {"NDCG@10": .01}, rule: {"NDCG@10": .31}}, "params": 1000, "seconds": {"prepare": 1, "train": 60, "evaluate": 2, "total": 66}, "targets_per_cpu_second": 5, "peak_rss_mb": 300}
+    test = {k + ("" if p == "full" else f"[{p}]"): v + 0.001 * shift for p in fingerprints for k, v in TEST.items()}
+    result = names | {
+        "run_id": name,
+        "protocol": ", ".join(fingerprints),
+        "fingerprint": next(iter(fingerprints.values())),
+        "fingerprints": fingerprints,
+        "n_cases": n,
+        "best_epoch": 2,
+        "epochs": 4,
+        "test": test,
+        "ci": {"NDCG@10": [0.28, 0.33]},
+        "slices": {"repeat": {"n": 130, "metrics": {"NDCG@10": 0.4}}, "novel": {"n": 9, "metrics": "not measurable"}},
+        "baselines": {"random": {"NDCG@10": 0.01}, rule: {"NDCG@10": 0.31}},
+        "params": 1000,
+        "seconds": {"prepare": 1, "train": 60, "evaluate": 2, "total": 66},
+        "targets_per_cpu_second": 5,
+        "peak_rss_mb": 300,
+    }
     with RunFolder.create(folder, name) as run:
         run.write_json("config.json", names | {"resolved": parts, "config": parts, "data_hash": data_hash, "split_hash": "s" * 64} | more)
         for k in range(-1, 4):
-            run.append({"kind": "epoch", "epoch": k, "stage": "fit", "value": .1 * k, "error": .01, "metrics": {"NDCG@10": .1 + .05 * k}, "eval_seconds": 1.0} | ({"rows": 100, "train_seconds": 15.0} if k >= 0 else {}))
+            run.append(
+                {
+                    "kind": "epoch",
+                    "epoch": k,
+                    "stage": "fit",
+                    "value": 0.1 * k,
+                    "error": 0.01,
+                    "metrics": {"NDCG@10": 0.1 + 0.05 * k},
+                    "eval_seconds": 1.0,
+                }
+                | ({"rows": 100, "train_seconds": 15.0} if k >= 0 else {})
+            )
             run.append({"kind": "step", "loss": 1.0, "epoch": k, "step": k})
-        if ranks: run.save_ranks("test", "", arrays)
-        if ranks and len(fingerprints) > 1: run.save_ranks("test", list(fingerprints)[1], arrays)
+        if ranks:
+            run.save_ranks("test", "", arrays)
+        if ranks and len(fingerprints) > 1:
+            run.save_ranks("test", list(fingerprints)[1], arrays)
         run.write_json("result.json", result)
         run.status("done", "all epochs done")
     return run.path
@@ -50,7 +107,8 @@ def made(folder, name, *, model="gear", seed=0, dataset="toy", fingerprints=None
 def five(tmp_path_factory):
     "Three seeds of one model, one run of another, and one of other data."
     root = tmp_path_factory.mktemp("five")
-    for seed in range(3): made(root, f"gear-{seed}", seed=seed, shift=seed)
+    for seed in range(3):
+        made(root, f"gear-{seed}", seed=seed, shift=seed)
     made(root, "mgpt-0", model="mgpt", settings={"d_model": 16, "scales": [2, 4]}, shift=9)
     made(root, "other", dataset="other", data_hash="e" * 64, fingerprints={"full": "bbbb0000"})
     return root
@@ -63,13 +121,16 @@ def runs(five, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def frame(five): return run_frame(sheet_of(five))
+def frame(five):
+    return run_frame(sheet_of(five))
 
 
-def sheet_of(root): return next(iter(make_sheets(read_runs(root)).values()))
+def sheet_of(root):
+    return next(iter(make_sheets(read_runs(root)).values()))
 
 
 # ---- one fingerprint, one sheet ----
+
 
 def test_two_fingerprints_share_nothing_and_the_fields_are_named(runs):
     panel = ComparePanel(runs)
@@ -77,21 +138,25 @@ def test_two_fingerprints_share_nothing_and_the_fields_are_named(runs):
     assert "other" not in panel.table()["run"].tolist()
     shown = "\n".join(b.text for b in panel.tables())
     assert "Kept apart" in shown and "| bbbb0000 | 1 | other |" in shown
-    with pytest.raises(CompareError, match="answer different questions.*dataset.*data"): compare.judge(panel.entry("gear-0"), panel.entry("other"))
-    with pytest.raises(CompareError, match="share no table, chart or test"): compare.rank_figure(panel.entry("gear-0"), panel.entry("other"))
+    with pytest.raises(CompareError, match="answer different questions.*dataset.*data"):
+        compare.judge(panel.entry("gear-0"), panel.entry("other"))
+    with pytest.raises(CompareError, match="share no table, chart or test"):
+        compare.rank_figure(panel.entry("gear-0"), panel.entry("other"))
     drawn = panel.curves()[0]
     assert "other" not in drawn.layout.meta["runs"] and len(drawn.data) == 4
 
 
 def test_a_difference_that_no_folder_records_is_said(tmp_path):
     a, b = (compare.read_entry(made(tmp_path, f"r{k}", fingerprints={"full": f"{k}" * 8})) for k in (1, 2))
-    with pytest.raises(CompareError, match="none that the run folders record"): compare.judge(a, b)
+    with pytest.raises(CompareError, match="none that the run folders record"):
+        compare.judge(a, b)
 
 
 def test_protocols_of_one_run_have_sheets_of_their_own(tmp_path):
-    for seed in range(2): made(tmp_path, f"r{seed}", seed=seed, fingerprints={"full": "aaaa0000", "uni9": "cccc0000"})
+    for seed in range(2):
+        made(tmp_path, f"r{seed}", seed=seed, fingerprints={"full": "aaaa0000", "uni9": "cccc0000"})
     panel = ComparePanel(tmp_path, fingerprint="cccc0000")
-    assert panel.table()["NDCG@10"].tolist()[:2] == [.3, .3]
+    assert panel.table()["NDCG@10"].tolist()[:2] == [0.3, 0.3]
     assert "there are no curves on this sheet" in panel.curves()[0].text
     assert panel.verdict()[0].text.startswith("A = ") and "uni9" in panel.verdict()[0].text
     assert list(compare.stored_slices(panel.sheet)[0]) == ["repeat", "novel"]
@@ -100,7 +165,8 @@ def test_protocols_of_one_run_have_sheets_of_their_own(tmp_path):
 def test_other_cases_under_one_fingerprint_are_not_tested(tmp_path):
     "A rank file changed by hand, or a fingerprint that collides: the cases decide."
     a, b = (compare.read_entry(made(tmp_path, f"r{n}", n=n)) for n in (200, 150))
-    with pytest.raises(MbnbError, match="answer different cases"): compare.judge(a, b)
+    with pytest.raises(MbnbError, match="answer different cases"):
+        compare.judge(a, b)
 
 
 def test_curves_chosen_on_test_and_on_valid_share_no_chart(tmp_path):
@@ -116,9 +182,12 @@ def test_curves_chosen_on_test_and_on_valid_share_no_chart(tmp_path):
 
 # ---- the table ----
 
+
 def test_columns_only_where_runs_differ(runs):
     panel = ComparePanel(runs)
-    assert "model.d_model" not in panel.table().columns and "Differ only from model to model: model.d_model" in panel.tables()[0].text.replace("\\", "")
+    assert "model.d_model" not in panel.table().columns and "Differ only from model to model: model.d_model" in panel.tables()[
+        0
+    ].text.replace("\\", "")
     made(runs, "gear-wide", settings={"d_model": 32})
     table = ComparePanel(runs).table()
     assert "model.d_model" in table.columns and "fit.lr" not in table.columns and "fit.seed" not in table.columns
@@ -138,7 +207,13 @@ def test_seeds_fold_only_where_nothing_else_differs(runs):
 def test_rules_chance_and_reference_are_rows(runs):
     table = ComparePanel(runs, reference="gear-1").table()
     assert table["run"].tolist()[0] == "gear-1" and table["kind"].tolist()[-2:] == ["rule", "chance"]
-    assert table.set_index("run")["to reference"].drop("gear-1").astype(float).round(3).to_dict() == {"mgpt-0": .008, "gear-2": .001, "gear-0": -.001, "pop": .009, "random": -.291}
+    assert table.set_index("run")["to reference"].drop("gear-1").astype(float).round(3).to_dict() == {
+        "mgpt-0": 0.008,
+        "gear-2": 0.001,
+        "gear-0": -0.001,
+        "pop": 0.009,
+        "random": -0.291,
+    }
     assert table["notes"].tolist()[0] == "below pop"
     kept = ComparePanel(runs, reference="gear-1", filter='model == "mgpt"', hidden=("minutes", "NDCG@10")).table()
     assert kept["run"].tolist()[:2] == ["gear-1", "mgpt-0"] and "minutes" not in kept and "NDCG@10" in kept
@@ -150,7 +225,10 @@ def test_doctor_cards_are_a_badge_and_an_e_makes_a_run_invalid(runs):
     (runs / "gear-1" / "doctor.json").write_text("[]")
     panel = ComparePanel(runs, a="gear-0", b="gear-1")
     assert panel.table().set_index("run")["doctor"].to_dict() | {"gear-2": ""} == panel.table().set_index("run")["doctor"].to_dict()
-    assert panel.table().set_index("run")["doctor"]["gear-0"] == "1 E, 1 W (invalid)" and panel.table().set_index("run")["doctor"]["gear-1"] == "fine"
+    assert (
+        panel.table().set_index("run")["doctor"]["gear-0"] == "1 E, 1 W (invalid)"
+        and panel.table().set_index("run")["doctor"]["gear-1"] == "fine"
+    )
     assert "marked invalid by the doctor" in panel.verdict()[0].text
 
 
@@ -158,7 +236,8 @@ def test_damaged_and_unfinished_runs_are_said_not_dropped(runs):
     (runs / "gear-0" / "result.json").write_text('{"test": ')
     (runs / "gear-1" / "result.json").write_text('["a list"]')
     (runs / "gear-2" / "result.json").unlink()
-    with open(runs / "mgpt-0" / "metrics.jsonl", "ab") as file: file.write(b'not json "kind": "epoch"\n{"kind": "epoch", "metr')
+    with open(runs / "mgpt-0" / "metrics.jsonl", "ab") as file:
+        file.write(b'not json "kind": "epoch"\n{"kind": "epoch", "metr')
     panel = ComparePanel(runs, fingerprint="aaaa0000")
     told = panel.tables()[-1].text
     assert all(name in told for name in ("gear-0", "gear-1", "gear-2")) and "unreadable" in told
@@ -168,7 +247,7 @@ def test_damaged_and_unfinished_runs_are_said_not_dropped(runs):
 def test_a_rule_that_differs_between_runs_is_noted(runs):
     path = runs / "gear-2" / "result.json"
     result = json.loads(path.read_text())
-    result["baselines"]["pop"]["NDCG@10"] = .5
+    result["baselines"]["pop"]["NDCG@10"] = 0.5
     path.write_text(json.dumps(result))
     assert "the rule changed between the runs" in ComparePanel(runs).tables()[0].text
 
@@ -181,25 +260,79 @@ def test_typed_in_numbers_stay_in_a_block_of_their_own(runs):
 
 # ---- filter ----
 
-@pytest.mark.parametrize("text, n", [('model=="mgpt" and ndcg10>.05', 1), ("seed >= 1", 2), ("not (seed == 0) or model == 'mgpt'", 3), ("`model.d_model` in [8]", 3), ("model.d_model / 2 == 8", 1),
-                                     ('("gear" in run) & ~(seed == 2)', 2), (".2 < ndcg10 < .305", 3), ('"a" not in ["b"]', None), ("params * 2 > 1e3", 4), ("", 4), ("scales == '[2, 4]'", 1)])
+
+@pytest.mark.parametrize(
+    "text, n",
+    [
+        ('model=="mgpt" and ndcg10>.05', 1),
+        ("seed >= 1", 2),
+        ("not (seed == 0) or model == 'mgpt'", 3),
+        ("`model.d_model` in [8]", 3),
+        ("model.d_model / 2 == 8", 1),
+        ('("gear" in run) & ~(seed == 2)', 2),
+        (".2 < ndcg10 < .305", 3),
+        ('"a" not in ["b"]', None),
+        ("params * 2 > 1e3", 4),
+        ("", 4),
+        ("scales == '[2, 4]'", 1),
+    ],
+)
 def test_filters(frame, text, n):
     if n is None:
-        with pytest.raises(CompareError): filter_runs(frame, text)
-    else: assert len(filter_runs(frame, text)) == n
+        with pytest.raises(CompareError):
+            filter_runs(frame, text)
+    else:
+        assert len(filter_runs(frame, text)) == n
 
 
-@pytest.mark.parametrize("text, words", [("modle == 'gear'", "nearest: 'model'"), ("model = 'gear'", "equality is written =="), ("model > 3", "cannot be compared"), ("model", "is a value, not a condition"),
-                                         ("model ==", "cannot be read"), ("x" * 501, "at most 500"), ("model * 2 == 'a'", "needs numbers"), ("seed / 0 == 1 and 1 / 0 == 2", "division by zero"), ("seed in 3", "takes a column and a")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("modle == 'gear'", "nearest: 'model'"),
+        ("model = 'gear'", "equality is written =="),
+        ("model > 3", "cannot be compared"),
+        ("model", "is a value, not a condition"),
+        ("model ==", "cannot be read"),
+        ("x" * 501, "at most 500"),
+        ("model * 2 == 'a'", "needs numbers"),
+        ("seed / 0 == 1 and 1 / 0 == 2", "division by zero"),
+        ("seed in 3", "takes a column and a"),
+    ],
+)
 def test_a_bad_filter_says_what_is_wrong(frame, text, words):
-    with pytest.raises(CompareError, match=words): filter_runs(frame, text)
+    with pytest.raises(CompareError, match=words):
+        filter_runs(frame, text)
 
 
-@pytest.mark.parametrize("text", ["__import__('os').system('touch owned')", "@pd.io.common.os.system('touch owned')", "model.__class__.__mro__[1]", "(lambda: 1)() == 1", "[x for x in (1,)] == 1", "run.str.len() > 3", "9**9**9 > 1",
-                                  "'a' * 10**9 == 'b'", "f'{model}' == 'a'", "(x := 1) == 1", "model[0] == 'g'", "open('owned', 'w')", "1 if seed else 2", "await x", "(" * 400, "not " * 120 + "x", "-" * 480 + "1 < 2", "seed @ seed", "`a` `b`", "model == b'a'"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('touch owned')",
+        "@pd.io.common.os.system('touch owned')",
+        "model.__class__.__mro__[1]",
+        "(lambda: 1)() == 1",
+        "[x for x in (1,)] == 1",
+        "run.str.len() > 3",
+        "9**9**9 > 1",
+        "'a' * 10**9 == 'b'",
+        "f'{model}' == 'a'",
+        "(x := 1) == 1",
+        "model[0] == 'g'",
+        "open('owned', 'w')",
+        "1 if seed else 2",
+        "await x",
+        "(" * 400,
+        "not " * 120 + "x",
+        "-" * 480 + "1 < 2",
+        "seed @ seed",
+        "`a` `b`",
+        "model == b'a'",
+    ],
+)
 def test_a_filter_cannot_run_code(frame, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CompareError): filter_runs(frame, text)
+    with pytest.raises(CompareError):
+        filter_runs(frame, text)
     assert not (tmp_path / "owned").exists()
 
 
@@ -213,8 +346,10 @@ def test_nothing_in_the_room_evaluates_text():
 
 # ---- verdict ----
 
+
 def test_the_verdict_is_that_of_the_statistics_page(runs):
     from mbnb.evaluators import metrics, ranks, stats
+
     panel = ComparePanel(runs)
     a, b = panel.entry("mgpt-0"), panel.entry("gear-0")
     j = compare.judge(a, b)
@@ -224,16 +359,22 @@ def test_the_verdict_is_that_of_the_statistics_page(runs):
     assert whole == pytest.approx(j.means[0], abs=1e-12)
     assert j.changed["key"].tolist() == ["model", "model.d_model"] and j.alone == ["model.scales"]
     text = panel.set(a="mgpt-0", b="gear-0").verdict()[0].text
-    assert "2 settings changed: cause not separable" in text and "Fewer than three seeds (mgpt-0: 1)" in text and "gear-0 and its other seeds: 0.3010 ± 0.0010 (3 seeds)" in text
+    assert (
+        "2 settings changed: cause not separable" in text
+        and "Fewer than three seeds (mgpt-0: 1)" in text
+        and "gear-0 and its other seeds: 0.3010 ± 0.0010 (3 seeds)" in text
+    )
 
 
 def test_holm_is_over_all_pairs_shown(runs):
     from mbnb.evaluators import stats
+
     panel = ComparePanel(runs)
     made_of = compare.judge_all(panel.entry("gear-0"), panel.sheet.entries)
     assert [j.p_holm for j in made_of] == stats.holm([j.verdict.p for j in made_of]) and len(made_of) == 3
     assert "Holm over the 3 pairs shown" in panel.verdict()[0].text
-    with pytest.raises(CompareError, match="at most 30"): compare.judge_all(panel.entry("gear-0"), [panel.entry("gear-1")] * 31)
+    with pytest.raises(CompareError, match="at most 30"):
+        compare.judge_all(panel.entry("gear-0"), [panel.entry("gear-1")] * 31)
 
 
 def test_what_cannot_be_tested_is_refused(runs):
@@ -248,6 +389,7 @@ def test_what_cannot_be_tested_is_refused(runs):
 
 # ---- curves and cost ----
 
+
 def test_minutes_come_from_the_runs_own_clock(runs):
     "A wall clock that was set back in the middle of a run changes nothing (F15)."
     path = runs / "gear-0" / "metrics.jsonl"
@@ -259,7 +401,7 @@ def test_minutes_come_from_the_runs_own_clock(runs):
 
 
 def test_smoothing_leaves_the_raw_line_and_starts_without_bias(runs):
-    raw, line = compare.curve_figure(sheet_of(runs), smoothing=.9).data[:2]
+    raw, line = compare.curve_figure(sheet_of(runs), smoothing=0.9).data[:2]
     assert raw.name == "raw" and raw.y[0] == line.y[0] and raw.y[-1] > line.y[-1]
 
 
@@ -269,12 +411,13 @@ def test_bands_over_seeds(runs):
 
 
 def test_front_and_flip(runs):
-    assert compare.front([1, 2, 3], [.3, .2, .4]) == [0, 2] and compare.front([1, 2, 3], [30, 20, 40], "mean rank") == [0, 1]
+    assert compare.front([1, 2, 3], [0.3, 0.2, 0.4]) == [0, 2] and compare.front([1, 2, 3], [30, 20, 40], "mean rank") == [0, 1]
     turned = compare.parallel_figure(sheet_of(runs), flip=["model"]).data[0].dimensions[0]
     assert turned.range[0] > turned.range[1] and list(turned.ticktext) == ["gear", "mgpt"]
 
 
 # ---- F47, F48: what data can say ----
+
 
 @pytest.fixture
 def hostile(tmp_path):
@@ -292,7 +435,9 @@ def test_hostile_names_are_text_everywhere(hostile):
     assert page.count("<script") == page.count("</script") and EVIL not in page and "<img" not in page.split("plotly.js v")[0]
     for part in compare.with_captions(panel.parts()):
         kept = compare.bundle(part)["data"]
-        assert "<img" not in kept.get("text/html", "") + kept.get("image/svg+xml", "") and "<script" not in kept.get("text/html", "") + kept.get("image/svg+xml", "")
+        assert "<img" not in kept.get("text/html", "") + kept.get("image/svg+xml", "") and "<script" not in kept.get(
+            "text/html", ""
+        ) + kept.get("image/svg+xml", "")
         assert "<img" not in json.dumps({k: v for k, v in kept.get("application/vnd.plotly.v1+json", {}).items() if k == "data"})
     assert "<img" not in compare.to_markdown(panel.table()).replace("\\<", "")
     panel.widget()
@@ -303,9 +448,13 @@ def test_hostile_names_are_text_everywhere(hostile):
 @pytest.mark.browser
 def test_hostile_names_run_nothing_in_a_browser(hostile, tmp_path):
     from playwright.sync_api import sync_playwright
+
     (tmp_path / "page.html").write_text(compare.to_page(ComparePanel(hostile).parts(), "Comparison"), encoding="utf-8")
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        browser = p.chromium.launch(
+            executable_path=next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))),
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+        )
         tab, asked = browser.new_page(viewport={"width": 900, "height": 900}), []
         tab.on("request", lambda r: asked.append(r.url))
         tab.goto(f"file://{tmp_path}/page.html")
@@ -322,15 +471,23 @@ def test_formulas_are_prefixed_in_csv(hostile):
     cells = [c for row in rows for c in row]
     assert "'=cmd|' /C calc'!A0" in cells and "'@SUM(A1)" in cells and "'=1+1" in cells
     assert not [c for c in cells if c[:1] in "=+-@\t\r" and c and not c.lstrip("-").replace(".", "").isdigit()]
-    assert [compare.safe_cell(x) for x in (-.5, " =a", "\tx", "＝a", "a=b", None, "-")] == [-.5, "' =a", "'\tx", "'＝a", "a=b", "", "'-"]
+    assert [compare.safe_cell(x) for x in (-0.5, " =a", "\tx", "＝a", "a=b", None, "-")] == [-0.5, "' =a", "'\tx", "'＝a", "a=b", "", "'-"]
 
 
 # ---- export ----
 
+
 def test_exports_keep_protocol_chance_and_rules(runs, tmp_path):
     panel = ComparePanel(runs, reference="gear-0")
     files = panel.export(tmp_path / "out", figures="svg")
-    assert [f.name for f in files] == ["table.csv", "table.md", "table.tex", "table.html", *(f"figure-{k}.svg" for k in range(1, 6)), "compare.html"]
+    assert [f.name for f in files] == [
+        "table.csv",
+        "table.md",
+        "table.tex",
+        "table.html",
+        *(f"figure-{k}.svg" for k in range(1, 6)),
+        "compare.html",
+    ]
     for f in files[:4]:
         text = f.read_text()
         assert "aaaa0000" in text and "random" in text and "pop" in text and "200" in text, f
@@ -346,14 +503,22 @@ def test_png_without_kaleido_says_what_to_install(runs, tmp_path, monkeypatch):
         patched.setattr(compare.importlib.util, "find_spec", lambda name: None)
         compare.save_figure(fig, tmp_path / "a.png")
     assert compare.save_figure(fig, tmp_path / "a.html").stat().st_size > 1_000_000, "plotly.js is inside"
-    with pytest.raises(CompareError, match="a table is written as"): compare.save_table(ComparePanel(runs).table(), tmp_path / "a.xlsx", sheet_of(runs))
+    with pytest.raises(CompareError, match="a table is written as"):
+        compare.save_table(ComparePanel(runs).table(), tmp_path / "a.xlsx", sheet_of(runs))
 
 
 # ---- two hundred runs ----
 
+
 def test_two_hundred_runs_open_and_filter_in_time(runs, tmp_path, monkeypatch):
-    for k in range(200): shutil.copytree(runs / ("gear-0", "gear-1", "mgpt-0")[k % 3], tmp_path / "big" / f"run-{k:03d}", ignore=shutil.ignore_patterns("ranks*", "checkpoints", "requests"))
-    for path in (tmp_path / "big").iterdir(): (path / "metrics.jsonl").chmod(0)
+    for k in range(200):
+        shutil.copytree(
+            runs / ("gear-0", "gear-1", "mgpt-0")[k % 3],
+            tmp_path / "big" / f"run-{k:03d}",
+            ignore=shutil.ignore_patterns("ranks*", "checkpoints", "requests"),
+        )
+    for path in (tmp_path / "big").iterdir():
+        (path / "metrics.jsonl").chmod(0)
     read, original = [], compare.Run._json
     monkeypatch.setattr(compare.Run, "_json", lambda self, name, absent: read.append((self.id, name)) or original(self, name, absent))
     start = time.perf_counter()
@@ -365,34 +530,52 @@ def test_two_hundred_runs_open_and_filter_in_time(runs, tmp_path, monkeypatch):
         start = time.perf_counter()
         panel.set(filter=text).table()
         took.append(time.perf_counter() - start)
-    assert opened < 2 and min(took) < .2, (opened, took)
+    assert opened < 2 and min(took) < 0.2, (opened, took)
 
 
 def test_the_table_needs_no_torch(runs):
-    code = f"import sys; from mbnb.compare import ComparePanel; p = ComparePanel({str(runs)!r}); p.tables(); p.curves(); p.costs(); assert 'torch' not in sys.modules"
+    code = f"import sys; from mbnb.compare import ComparePanel; p = ComparePanel({str(runs)!r}); p.tables(); p.curves(); p.costs()\n"
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- with real runs of the toy shop ----
 
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     "Two short runs of the toy shop, judged by two protocols."
     from mbnb.experiment import configure, run_experiment
+
     root = tmp_path_factory.mktemp("toy")
     for name, protocol in (("whole", "full"), ("sampled", "uni10")):
-        run_experiment(configure(model="sasrec", dataset="toyshop-tiny", epochs=1, protocol=protocol, runs_dir=str(root), run_name=name, set="model.d_model=16 eval.bootstrap=20 fit.threads=1"), say=lambda text: None)
+        run_experiment(
+            configure(
+                model="sasrec",
+                dataset="toyshop-tiny",
+                epochs=1,
+                protocol=protocol,
+                runs_dir=str(root),
+                run_name=name,
+                set="model.d_model=16 eval.bootstrap=20 fit.threads=1",
+            ),
+            say=lambda text: None,
+        )
     return root
 
 
 def test_a_run_can_be_judged_again_like_another(toy):
     a, b = (compare.read_entry(toy / name) for name in ("whole", "sampled"))
-    with pytest.raises(CompareError, match="was not judged by"): compare.judge(a, b)
+    with pytest.raises(CompareError, match="was not judged by"):
+        compare.judge(a, b)
     again = compare.reevaluate(a, b)
-    assert again.result["fingerprints"] == b.result["fingerprints"] and again.result["test"] == pytest.approx(b.result["test"]), "same weights, same protocol, same numbers"
+    assert again.result["fingerprints"] == b.result["fingerprints"] and again.result["test"] == pytest.approx(b.result["test"]), (
+        "same weights, same protocol, same numbers"
+    )
     assert compare.reevaluate(a, a).result["test"] == pytest.approx(a.result["test"]) and len(make_sheets([again, b])) == 1
-    with pytest.raises(CompareError, match="train on the same data"): compare.reevaluate(a, compare.replace(b, config=b.config | {"data_hash": "x"}))
+    with pytest.raises(CompareError, match="train on the same data"):
+        compare.reevaluate(a, compare.replace(b, config=b.config | {"data_hash": "x"}))
 
 
 def test_slices_and_cards_with_the_data(toy, tmp_path):
@@ -402,33 +585,86 @@ def test_slices_and_cards_with_the_data(toy, tmp_path):
     text = panel.slices()[0].text
     assert all(name in text for name in ("length", "popularity 9", "time, quarter 4", "after\\_buy", "cold")), text
     masks = compare.data_masks(panel.data())
-    for group in ("popularity", "time", "length"): assert sum(m for k, m in masks.items() if k.startswith(group)).tolist() == [1] * len(panel.data().test), group
+    for group in ("popularity", "time", "length"):
+        assert sum(m for k, m in masks.items() if k.startswith(group)).tolist() == [1] * len(panel.data().test), group
     assert sum(m for k, m in masks.items() if "->" in k).tolist() == [1] * len(panel.data().test)
     card = panel.rank_change()[2].text
     assert "history, newest last" in card and "asked for: " in card
     config = json.loads((tmp_path / "one" / "config.json").read_text())
-    for name in ("one", "two"): (tmp_path / name / "config.json").write_text(json.dumps(config | {"split_hash": "changed"}))
+    for name in ("one", "two"):
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"split_hash": "changed"}))
     assert "slices would be of other cases" in ComparePanel(tmp_path, data=True).slices()[0].text
 
 
 # ---- the entry page ----
 
+
 def papermill(folder, *args):
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "compare.ipynb"), str(folder / "out.ipynb"), "--cwd", str(folder), "-k", "python3", "--no-progress-bar", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "nbs" / "compare.ipynb"),
+        str(folder / "out.ipynb"),
+        "--cwd",
+        str(folder),
+        "-k",
+        "python3",
+        "--no-progress-bar",
+        *args,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_the_entry_page_shows_everything_without_a_browser(runs, tmp_path):
-    done = papermill(tmp_path, "-p", "runs_dir", "runs", "-p", "export", "out", "-p", "filter", "ndcg10 > 0", "-p", "literature", "A paper; NDCG@10; .9; Table 1")
+    done = papermill(
+        tmp_path,
+        "-p",
+        "runs_dir",
+        "runs",
+        "-p",
+        "export",
+        "out",
+        "-p",
+        "filter",
+        "ndcg10 > 0",
+        "-p",
+        "literature",
+        "A paper; NDCG@10; .9; Table 1",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    kept = [o["data"] for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"] if "data" in o]
+    kept = [
+        o["data"]
+        for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+        if c["cell_type"] == "code"
+        for o in c["outputs"]
+        if "data" in o
+    ]
     figures = [d for d in kept if "application/vnd.plotly.v1+json" in d]
     assert len(figures) == 6 and all(d["image/svg+xml"] for d in figures), "each figure is there as plotly and as SVG"
     shown = "".join("".join(d.get("text/html", "")) for d in kept)
-    assert all(words in shown for words in ("Kept apart", "Not comparable", "cause not separable", "fingerprint aaaa0000", "by slice", "Largest changes", "rank under A"))
+    assert all(
+        words in shown
+        for words in (
+            "Kept apart",
+            "Not comparable",
+            "cause not separable",
+            "fingerprint aaaa0000",
+            "by slice",
+            "Largest changes",
+            "rank under A",
+        )
+    )
     assert (tmp_path / "out" / "compare.html").exists() and (tmp_path / "out.ipynb").stat().st_size < 1_000_000
 
 
-def test_the_entry_page_says_what_is_wrong_in_one_line(runs, tmp_path):
-    done = papermill(tmp_path, "-p", "runs_dir", "runs", "-p", "filter", "modle == 1", "-p", "widget", "False")
-    assert done.returncode != 0 and "CompareError: no column 'modle'; nearest: 'model'" in done.stderr
+def test_the_entry_page_says_what_is_wrong_in_one_line(runs):
+    cells = [c for c in json.loads((ROOT / "nbs" / "compare.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    names = {}
+    exec("".join(cells[0]["source"]), names)
+    names |= {"runs_dir": str(runs), "filter": "modle == 1", "widget": False}
+    exec("".join(cells[1]["source"]), names)
+    with pytest.raises(CompareError, match="no column 'modle'; nearest: 'model'") as told:
+        for cell in cells[2:]:
+            exec("".join(cell["source"]), names)
+    assert "\n" not in str(told.value)

@@ -47,6 +47,10 @@ TOY = {"dataset": "toyshop-tiny", "epochs": 3}
 LONG = {"dataset": "toyshop-tiny", "epochs": 30, "patience": 5}
 
 
+@pytest.fixture(autouse=True)
+def looked_at_often(monkeypatch): monkeypatch.setattr("mbnb.sweep.POLL", .05)
+
+
 def stand_in(parameters): return [sys.executable, "-c", STAND_IN, json.dumps(parameters)]
 
 
@@ -229,11 +233,11 @@ def test_a_command_line_means_what_the_parameters_mean():
 # ---- the budget ----
 
 def test_training_targets_are_a_budget(tmp_path):
-    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 100}, targets=1000, n_jobs=2)
+    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 100}, targets=400, n_jobs=2)
     assert table.state.tolist() == ["stopped"] * 2 and "training targets" in table.reason[0] and "budget spent" in said
-    assert 1000 <= table.targets.sum() < 6000
+    assert 400 <= table.targets.sum() < 6000
     assert set(list_runs(tmp_path).state) == {"stopped"}, "asked through the run folder, and they answered"
-    again, _ = sweep(tmp_path, fixed=LONG | {"epochs": 100}, targets=1000, n_jobs=2)
+    again, _ = sweep(tmp_path, fixed=LONG | {"epochs": 100}, targets=400, n_jobs=2)
     assert len(starts(tmp_path)) == 2 and again.targets.equals(table.targets), "spent stays spent"
     set_budget("s", tmp_path, targets=table.targets.sum() + 300)
     more, _ = sweep(tmp_path, fixed=LONG | {"epochs": 100}, targets=int(table.targets.sum() + 300), n_jobs=2)
@@ -250,7 +254,7 @@ def test_minutes_and_trials_are_budgets(tmp_path):
 
 # ---- what is killed ----
 
-def killed(folder, run, n=5, **more):
+def killed(folder, run, n=2, **more):
     "A sweep whose run `run` is killed after some epochs."
     def kill():
         records = folder / run / "metrics.jsonl"
@@ -263,7 +267,7 @@ def killed(folder, run, n=5, **more):
 
 
 def test_a_killed_trial_is_marked_and_resumed(tmp_path):
-    fixed = LONG | {"epochs": 15}
+    fixed = LONG | {"epochs": 12}
     table, said = killed(tmp_path, "s-t001", fixed=fixed)
     assert table.state.tolist() == ["done", "crashed"] and "is gone" in table.reason[1] and "crashed" in said
     marked, _ = sweep(tmp_path, fixed=fixed, crashed="mark")
@@ -271,7 +275,7 @@ def test_a_killed_trial_is_marked_and_resumed(tmp_path):
     table, said = sweep(tmp_path, fixed=fixed)
     assert table.state.tolist() == ["done", "done"] and starts(tmp_path) == [0, 1, 1]
     assert "1 finished before, 0 running, 1 to go on with" in said
-    assert table.targets.tolist() == [1500, 1500]
+    assert table.targets.tolist() == [1200, 1200]
 
 
 def test_a_trial_that_is_killed_each_time_is_given_up(tmp_path):
@@ -297,13 +301,13 @@ def test_after_a_reboot_the_trial_goes_on(tmp_path):
 
 
 def test_a_trial_that_outlives_its_sweep_is_watched_not_started_again(tmp_path):
-    child = in_a_process(tmp_path, fixed=LONG | {"epochs": 60}, space=ONE)
+    child = in_a_process(tmp_path, fixed=LONG | {"epochs": 40}, space=ONE)
     until(lambda: at_work(tmp_path / "s-t000" / "metrics.jsonl"))
-    with pytest.raises(RunError, match="working on this sweep"): sweep(tmp_path, fixed=LONG | {"epochs": 60}, space=ONE)
+    with pytest.raises(RunError, match="working on this sweep"): sweep(tmp_path, fixed=LONG | {"epochs": 40}, space=ONE)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert sweep_table("s", tmp_path).state.tolist() == ["running"]
-    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 60}, space=ONE)
+    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 40}, space=ONE)
     assert table.state.tolist() == ["done"] and starts(tmp_path) == [0] and "1 running" in said
 
 
@@ -321,7 +325,7 @@ def test_a_failed_trial_says_why_and_stays_failed(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_sweep_leaves_no_child_and_goes_on(tmp_path, number):
-    child = in_a_process(tmp_path, fixed=LONG | {"epochs": 60}, n_jobs=2)
+    child = in_a_process(tmp_path, fixed=LONG | {"epochs": 40}, n_jobs=2)
     until(lambda: len(running(tmp_path)) == 2 and all(at_work(tmp_path / run / "metrics.jsonl") for run in running(tmp_path)))
     start = time.monotonic()
     os.kill(child.pid, number)
@@ -332,12 +336,12 @@ def test_an_interrupted_sweep_leaves_no_child_and_goes_on(tmp_path, number):
     table = sweep_table("s", tmp_path)
     assert table.state.tolist() == ["stopped"] * 2 and table.reason.str.contains("interrupted").all()
     if number == signal.SIGTERM: return
-    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 60}, n_jobs=2, crashed="mark")
+    table, said = sweep(tmp_path, fixed=LONG | {"epochs": 40}, n_jobs=2, crashed="mark")
     assert "2 to go on with" in said and len(starts(tmp_path)) == 4 and table.state.tolist() == ["done"] * 2
 
 
 def test_a_run_that_does_not_answer_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setitem(PATIENCE, "budget", 1.)
+    monkeypatch.setitem(PATIENCE, "budget", .3)
     table, _ = sweep(tmp_path, fixed=LONG | {"epochs": 400, "batch_size": 7}, minutes=.03, space=ONE)
     assert table.state.tolist() == ["stopped"] and list_runs(tmp_path).state.tolist() == ["crashed"]
 
