@@ -46,7 +46,7 @@ from fastcore.basics import patch
 from .events import MbnbError
 from .evaluators import stats
 from .plots import shown_rules, smooth, text_width, ticks
-from .runs import Run, RunError, check_run_id, differences, flat, load_run, ranks_file, read_json
+from .runs import Run, RunError, differences, flat, load_run, ranks_file, read_json
 from .zoo import nearest
 
 # %% ../nbs/25_compare.ipynb #cell-5
@@ -233,7 +233,9 @@ def telling(frame):
     inside = {k for k, column in columns.items() if len({(m, str(v)) for m, v in zip(models, column)}) > len(set(models))}
     return [k for k in apart if k in inside], [k for k in apart if k not in inside]
 
-def missing(v): return v is None or v is pd.NA or (isinstance(v, float) and math.isnan(v))
+def missing(v):
+    "None, NA or NaN."
+    return v is None or v is pd.NA or (isinstance(v, float) and math.isnan(v))
 
 # %% ../nbs/25_compare.ipynb #cell-25
 def short_names(frame):
@@ -346,7 +348,9 @@ def sort_runs(frame, by="value", ascending=None):
     try: return frame.sort_values(column, ascending=ascending, kind="stable", na_position="last")
     except TypeError: return frame.sort_values(column, ascending=ascending, kind="stable", na_position="last", key=lambda c: c.map(str))
 
-def lower_is_better(metric): return "rank" in metric
+def lower_is_better(metric):
+    "True for mean and median rank."
+    return "rank" in metric
 
 # %% ../nbs/25_compare.ipynb #cell-33
 def fold_runs(frame, by="settings"):
@@ -482,13 +486,16 @@ def cell_text(value, column=""):
     return f"{value:.4f}" if "@" in column or column in ("MRR", "AUC", "p", "p Holm", "sd") else f"{value:.6g}"
 
 # %% ../nbs/25_compare.ipynb #cell-43
-def is_number(values): return any(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values if not missing(v)) and all(missing(v) or isinstance(v, int | float | np.number) for v in values)
+def is_number(values):
+    "Does a column hold numbers, missing ones aside?"
+    return any(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values if not missing(v)) and all(missing(v) or isinstance(v, int | float | np.number) for v in values)
 
 def soft(text):
     "Escaped text that may break after - . _ and a comma."
     return re.sub(r"([-_.,/])", r"\1<wbr>", escape(str(text)))
 
 def html_cell(value, column, numeric):
+    "One escaped cell; long names may break."
     text, name = cell_text(value, column).replace(" to ", " to\u00a0"), "n" if numeric else {"run": "id", "notes": "note", "over seeds": "note"}.get(column, "")
     return f'<td class="{name}">{soft(text) if column in ("run", "run ids", "notes") else escape(text)}</td>'
 
@@ -537,7 +544,9 @@ def to_markdown(table, caption="", notes=()):
 # %% ../nbs/25_compare.ipynb #cell-46
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "…": r"\ldots{}"}
 
-def latex_text(text): return "".join(LATEX.get(c, c) for c in str(text).replace("\n", " ").replace("\r", " "))
+def latex_text(text):
+    "Text that LaTeX prints as it is."
+    return "".join(LATEX.get(c, c) for c in str(text).replace("\n", " ").replace("\r", " "))
 
 def to_latex(table, caption="", marks=None):
     """A booktabs table. `caption` is its protocol line. `marks` {run: p}: an asterisk where p (Holm) is below .05, and the caption says so."""
@@ -574,8 +583,12 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 STROKES, SYMBOLS = ("solid", "dash", "dot", "dashdot", "longdash"), ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon")
 AXES = {"epoch": "epoch (-1 = untrained)", "minutes": "minutes of training and evaluation", "samples": "training targets"}
 
-def style_of(k): return {"color": PALETTE[k % 7], "dash": STROKES[k % 5], "symbol": SYMBOLS[k % 8]}
-def label_text(text): return escape(str(text)[:40], quote=False)
+def style_of(k):
+    "Color, dash and symbol of the k-th line: neighbors differ in all three."
+    return {"color": PALETTE[k % 7], "dash": STROKES[k % 5], "symbol": SYMBOLS[k % 8]}
+def label_text(text):
+    "Text for a figure: short and escaped, since plotly reads some markup."
+    return escape(str(text)[:40], quote=False)
 
 def look(fig, x, y, caption, runs, height=400):
     "One look for all figures: it can stand on a light and on a dark page. Caption (with the fingerprint) and run ids travel in `layout.meta`."
@@ -798,12 +811,12 @@ class Judgement:
 
 LEAST_CASES = 30                # as on the protocols page: fewer say nothing
 
-def judge(a, b, metric="NDCG@10", protocol=None, flips=10_000, B=1000):
-    "Entry a against Entry b -> Judgement. CompareError where their fingerprints differ, EvalError where their cases do."
+def judge(a, b, metric="NDCG@10", protocol=None, flips=10_000, B=1000, split=True):
+    "Entry a against Entry b -> Judgement, with `split` also on repeat and novel targets. CompareError where their fingerprints differ, EvalError where their cases do."
     sheet = same_sheet(a, b, protocol)
     (va, ra, ha), (vb, _, hb) = (case_values(e, sheet.protocol, metric) for e in (a, b))
     whole, parts = stats.compare(va, vb, ra.user, cases=(ha, hb), flips=flips, B=B), {}
-    for name, rows in (("repeat", ra.repeat), ("novel", ~ra.repeat)):
+    for name, rows in (("repeat", ra.repeat), ("novel", ~ra.repeat)) if split else ():
         enough = rows.sum() >= LEAST_CASES
         parts[name] = {"n": int(rows.sum()), "a": float(va[rows].mean()) if rows.any() else None, "b": float(vb[rows].mean()) if rows.any() else None,
                        "verdict": stats.compare(va[rows], vb[rows], ra.user[rows], flips=flips, B=B) if enough else None}
@@ -813,10 +826,10 @@ def judge(a, b, metric="NDCG@10", protocol=None, flips=10_000, B=1000):
 MOST_PAIRS = 30
 
 def judge_all(a, others, metric="NDCG@10", protocol=None, **how):
-    "Entry a against each other one -> list of Judgement with p by Holm over all of them. CompareError for more than 30 pairs."
+    "Entry a against each other one -> list of Judgement with p by Holm over all of them; the first is split into repeat and novel. CompareError for more than 30 pairs."
     others = [o for o in others if o.id != a.id]
     if len(others) > MOST_PAIRS: raise CompareError(f"{len(others)} pairs at once: at most {MOST_PAIRS} are tested together; filter the table first")
-    made = [judge(a, o, metric, protocol, **how) for o in others]
+    made = [judge(a, o, metric, protocol, split=k == 0, **how) for k, o in enumerate(others)]
     for j, p in zip(made, stats.holm([j.verdict.p for j in made]) if made else []): j.p_holm, j.pairs = p, len(made)
     return made
 
@@ -910,7 +923,7 @@ def masked_slices(sheet, masks, metric="NDCG@10"):
 def slice_table(sheet, frame, found, most=8):
     "A row a slice, a column a run (the first 8 of `frame`); 'few' where there are fewer than 30 cases."
     values, count = found
-    rows = [r for r in frame.to_dict("records")][:most]
+    rows = frame.to_dict("records")[:most]
     return pd.DataFrame([{"slice": k, "n": count[k], **{r["label"]: "few" if missing(of.get(r["run"])) else f"{of[r['run']]:.4f}" for r in rows}} for k, of in values.items() if count[k]])
 
 def slice_figure(sheet, frame, found, metric="NDCG@10", most=8):
@@ -956,7 +969,9 @@ def data_masks(sequences):
 # %% ../nbs/25_compare.ipynb #cell-73
 MOST_DOTS = 1500
 
-def mean_rank(r): return r.g + 1 + r.e / 2
+def mean_rank(r):
+    "float64 (N,): the rank of each target, ties at their middle."
+    return r.g + 1 + r.e / 2
 
 def rank_figure(a, b, protocol=None, k=10):
     "Rank of each case's target under run A (x) and B (y), both logarithmic: density, then dots. Below the diagonal B places the target higher."
@@ -1036,6 +1051,7 @@ def caption_of(fig, runs=False):
     return meta.get("caption", "") + (f". Runs: {', '.join(meta.get('runs', []))}" if runs else "")
 
 def svg_text(x, y, text, anchor="start", size=11, turn=""):
+    "A grey text, escaped once whether or not it was before."
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{GREY}"{turn}>{escape(unescape(str(text)))}</text>'
 
 def svg_marker(symbol, x, y, color, r=4.):
@@ -1214,7 +1230,7 @@ class Choice:
 class ComparePanel:
     "Runs beside each other. `runs`: a folder of runs or a list of run folders; `reference`: run id to pin. Shown in a notebook it is a panel; its methods give the same without one."
     def __init__(self, runs, reference=None, **choice):
-        self.entries, self.choice, self._data = read_runs(runs), Choice(), {}
+        self.entries, self.choice, self._data, self._judged = read_runs(runs), Choice(), {}, {}
         self.sheets = make_sheets(self.entries)
         if reference is not None: reference = self.entry(reference).id
         first = next((m for m, s in self.sheets.items() if reference in s.names), next(iter(self.sheets), ""))
@@ -1330,7 +1346,9 @@ def verdict(self: ComparePanel):
         shown = [e for e in self.sheet.entries if e.id in set(self.frame()["run"]) | {b.id}]
         place = {run: k for k, run in enumerate(self.frame()["run"])}
         order = sorted([e for e in shown if e.id != a.id], key=lambda e: (e.id != b.id, place.get(e.id, 0)))
-        made = judge_all(a, order[:MOST_PAIRS], c.metric, self.sheet.protocol)
+        key = (a.id, *(e.id for e in order[:MOST_PAIRS]), c.metric, c.fingerprint)
+        if key not in self._judged: self._judged[key] = judge_all(a, order[:MOST_PAIRS], c.metric, self.sheet.protocol)
+        made = self._judged[key]
         notes = [f"Only the first {MOST_PAIRS} of {len(order)} pairs are tested; filter the table."] if len(order) > MOST_PAIRS else []
         return [verdict_block(made[0], self.entries), table_block(verdict_table(made), f"A = {a.id} against every run shown, p by Holm over {len(made)} pairs", notes)]
     except MbnbError as e: return [said(e)]

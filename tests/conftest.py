@@ -26,6 +26,7 @@ def shared_data():
 
 def no_browser():
     "Why a browser test cannot run; '' if it can."
+    if os.environ.get("MBNB_NO_BROWSER") == "1": return "MBNB_NO_BROWSER=1 leaves the browser tests out"
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))): return "no Chromium here: make setup-browser"
     return ""
 
