@@ -442,7 +442,7 @@ def _run_rows(frame, rules, metric):
     def one(r):
         interval = f"{r['low']:.4f} to {r['high']:.4f}" if not missing(r["low"]) and not missing(r["high"]) else ""
         epoch = f"{r['best_epoch']:.0f} of\u00a0{r['epochs']:.0f}" if not missing(r["best_epoch"]) and not missing(r["epochs"]) else ""
-        return {"kind": "run", "run": r["run"], "model": r.get("model"), "seed": r["seed"], metric: r["value"], "95 %": interval, "notes": _notes(r, rules, metric), "minutes": r["minutes"], "params": r["params"], "MB": r["memory_mb"], "best epoch": epoch,
+        return {"kind": "run", "run": r["run"], "model": r.get("model"), "seed": r["seed"], metric: r["value"], "95 %": interval, "notes": _notes(r, rules, metric), "minutes": r["minutes"], "params": r["params"], "best epoch": epoch,
                 **({"doctor": r["doctor"]} if doctor else {}), **{k: r[k] for k in names}}
     return [one(r) for r in frame.to_dict("records")]
 
@@ -452,16 +452,16 @@ def _group_rows(frame, rules, metric, by):
     def one(r):
         said = "; ".join(x for x in [standing(r["value"], rules, metric), f"differ in {r['mixed']}" if r["mixed"] else ""] if x)
         return {"kind": "group", "run": " ".join(map(end, r["ids"])), **({"model": r["model"]} if "model" in r else {}), "runs": r["runs"], "seeds": r["seeds"], metric: r["value"], "over seeds": r["words"].partition(" ")[2], "notes": said,
-                "minutes": r["minutes"], "params": r["params"], "MB": r["memory_mb"], **{k: r[k] for k in folded.attrs["shown"]}, "run ids": " ".join(r["ids"])}
+                "minutes": r["minutes"], "params": r["params"], **{k: r[k] for k in folded.attrs["shown"]}, "run ids": " ".join(r["ids"])}
     return [one(r) for r in folded.to_dict("records")]
 
 # %% ../nbs/25_compare.ipynb #cell-42
 STYLE = """<style>
 div.mbnb-compare{color:var(--jp-ui-font-color1,var(--mbnb-ink,inherit));font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);margin:0 0 14px;max-width:100%}
-div.mbnb-compare.mbnb-compare .wide{overflow-x:auto}div.mbnb-compare.mbnb-compare table{border-collapse:collapse;margin:4px 0 8px;font-size:12px;line-height:1.4;color:inherit}
+div.mbnb-compare.mbnb-compare .wide{overflow-x:auto;scrollbar-width:thin}div.mbnb-compare.mbnb-compare table{border-collapse:collapse;margin:4px 0 8px;font-size:12px;line-height:1.4;color:inherit}
 div.mbnb-compare.mbnb-compare table th,div.mbnb-compare.mbnb-compare table td{padding:3px 4px;text-align:left;vertical-align:top;border:0;border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35));white-space:normal;max-width:none}
 div.mbnb-compare.mbnb-compare table th{font-weight:600;vertical-align:bottom}div.mbnb-compare.mbnb-compare table .n{text-align:right;font-variant-numeric:tabular-nums}div.mbnb-compare.mbnb-compare table td.n{white-space:nowrap}
-div.mbnb-compare.mbnb-compare table td.id{min-width:8em}div.mbnb-compare.mbnb-compare table td.note{min-width:6em}div.mbnb-compare.mbnb-compare tr.ref td{font-weight:600}div.mbnb-compare.mbnb-compare tr.rule td,div.mbnb-compare.mbnb-compare tr.chance td,div.mbnb-compare.mbnb-compare tr.oracle td{font-style:italic}
+div.mbnb-compare.mbnb-compare table td.id{min-width:7.5em}div.mbnb-compare.mbnb-compare table td.note{min-width:4.5em}div.mbnb-compare.mbnb-compare tr.ref td{font-weight:600}div.mbnb-compare.mbnb-compare tr.rule td,div.mbnb-compare.mbnb-compare tr.chance td,div.mbnb-compare.mbnb-compare tr.oracle td{font-style:italic}
 div.mbnb-compare.mbnb-compare .cap{font-weight:600}div.mbnb-compare.mbnb-compare .small{font-size:12px;opacity:.85}div.mbnb-compare.mbnb-compare .warn{border-left:3px solid #D55E00;padding:2px 8px;margin:4px 0}
 div.mbnb-compare.mbnb-compare .box{border:1px solid var(--jp-border-color1,rgba(128,128,128,.5));border-radius:4px;padding:8px 12px;max-width:820px}div.mbnb-compare.mbnb-compare summary{cursor:pointer}div.mbnb-compare.mbnb-compare pre{font-size:12px;white-space:pre-wrap;color:inherit;background:none}
 </style>"""
@@ -474,7 +474,7 @@ class Block:
     def _repr_html_(self): return f'{STYLE}<div class="mbnb-compare">{self.html}</div>'
     def __repr__(self): return self.text
 
-FORMATS = {"minutes": ".1f", "train_minutes": ".1f", "params": ",.0f", "MB": ",.0f", "memory_mb": ",.0f", "runs": "d", "seeds": "d", "seed": "", "to reference": "+.4f", "difference": "+.4f", "n": ",.0f", "cases": ",.0f"}
+FORMATS = {"minutes": ".1f", "train_minutes": ".1f", "params": ",.0f", "memory_mb": ",.0f", "runs": "d", "seeds": "d", "seed": "", "to reference": "+.4f", "difference": "+.4f", "n": ",.0f", "cases": ",.0f"}
 
 def cell_text(value, column=""):
     "A value as it is shown: metrics with four digits, the rest by its column; missing = ''."
