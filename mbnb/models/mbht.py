@@ -193,7 +193,7 @@ class MBHT(nn.Module):
         "published": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": [{"epochs": 300, "patience": 10, "lr": 1e-3}]},
         "tmall": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": [{"epochs": 300, "patience": 10, "lr": 1e-3}]},
         "ijcai": {"loss": "ce", "fit": {"batch_size": 32, "eval_batch_size": 128}, "stages": [{"epochs": 300, "patience": 10, "lr": 1e-3}]},
-        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 64, "tokens": 2048, "unseen": "drawn"}, "stages": [{"epochs": 8, "patience": 0, "lr": 2e-3, "schedule": "cosine", "beta2": .999}]},
+        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": [{"epochs": 30, "patience": 3, "lr": 1e-3}]},
         "small": {"loss": "ce", "fit": {"batch_size": 64}, "stages": [{"epochs": 20, "patience": 3, "lr": 1e-3}]},
     }
 
