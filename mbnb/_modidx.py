@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mbnb.cli': { 'mbnb.cli.copy_notebooks': ('cli.html#copy_notebooks', 'mbnb/cli.py'),
                           'mbnb.cli.do_data': ('cli.html#do_data', 'mbnb/cli.py'),
                           'mbnb.cli.do_notebooks': ('cli.html#do_notebooks', 'mbnb/cli.py'),
+                          'mbnb.cli.do_report': ('cli.html#do_report', 'mbnb/cli.py'),
                           'mbnb.cli.do_runs': ('cli.html#do_runs', 'mbnb/cli.py'),
                           'mbnb.cli.do_train': ('cli.html#do_train', 'mbnb/cli.py'),
                           'mbnb.cli.failure': ('cli.html#failure', 'mbnb/cli.py'),

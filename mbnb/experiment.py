@@ -526,7 +526,7 @@ def _finish(config, run, parts, rules, table, clock):
 def meaning(saved):
     "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
     resolved = saved.get("resolved", {})
-    fit_config = json.loads(json.dumps(asdict(FitConfig()))) | {k: v for k, v in resolved.get("fit", {}).items()} | {"threads": 0}
+    fit_config = json.loads(json.dumps(asdict(FitConfig()))) | resolved.get("fit", {}) | {"threads": 0}
     return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": fit_config}}
 
 def find_run(config):

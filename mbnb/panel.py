@@ -32,7 +32,7 @@ from scipy.signal import lfilter
 
 from .datasets import names as data_names
 from .events import MbnbError
-from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, clock_text, configure, make_config, preset_of
+from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, clock_text, make_config, preset_of
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin
 from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request
@@ -70,14 +70,14 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     chosen = preset_of(cls, model, preset)
     make = cls.Config if preset == "published" else getattr(cls.Config, preset)
     sizes = [f.name for f in fields(cls.Config) if f.default is MISSING]
-    config, stage = make(**{name: 10 for name in sizes}), chosen["stages"][0]
+    config, stage = make(**dict.fromkeys(sizes, 10)), chosen["stages"][0]
     choices = CHOICES | {"model": list(MODELS), "preset": list(cls.PRESETS), "dataset": list(data_names()), "loss": ["", *[n for n in cls.losses if n in LOSSES]]}
     help = parameter_help()
     run = [_field(k, v, help.get(k), choices.get(k)) for k, v in PARAMETERS.items() if k not in LEFT_OUT]
     for f in run: f["value"] = {"model": model, "preset": preset, "dataset": dataset, "loss": loss}.get(f["name"], f["value"])
     if dataset not in choices["dataset"]: next(f for f in run if f["name"] == "dataset")["choices"].append(dataset)
     named = loss or chosen["loss"]
-    stages = _defaults(Stage) | {k: v for k, v in stage.items()}
+    stages = _defaults(Stage) | stage
     return [{"title": "run", "fields": run}, {"title": f"model {model}", "fields": _of_dataclass("model", cls.Config, {f.name: getattr(config, f.name) for f in fields(config)}, sizes)},
             {"title": f"loss {named}", "fields": _of_dataclass("loss", loss_class(named), _defaults(loss_class(named))) if named in LOSSES else []},
             {"title": "training", "fields": _of_dataclass("fit", Stage, {k: stages[k] for k in STAGE_KEYS if k not in PARAMETERS}) + _of_dataclass("fit", FitConfig, _defaults(FitConfig) | chosen["fit"], PARAMETERS)},
@@ -317,7 +317,7 @@ class TrainPanel:
         self.face = Face(panel_id=os.urandom(6).hex())
         self.face.on_msg(lambda _, content, buffers: self.hear(content))
         live = [r["id"] for r in self.listed() if r["state"] in LIVE]
-        if run or (live and not parameters): self.attach(run or live[-1])
+        if run or (live and not parameters): self.watch(run or live[-1])
         self.show()
 
 # %% ../nbs/24_panel.ipynb #cell-23
@@ -330,7 +330,7 @@ def listed(self: TrainPanel):
     return self._listed[1]
 
 @patch
-def attach(self: TrainPanel, run):
+def watch(self: TrainPanel, run):
     "Show a run of `runs_dir` by its id; RunError if there is none."
     self.run = load_run(run_path(self.runs_dir, run))
     self.tail, self.page, self.message, self._drawn, self._best = Tail(self.run.path), "run", "", None, {}
@@ -467,7 +467,7 @@ def _request(action, **more): return lambda panel, content: send_request(panel.r
 def _keep(name, valid): return lambda panel, content: setattr(panel, name, content["value"] if content["value"] in valid else valid[0])
 
 FACE_ACTIONS = {"tick": lambda panel, content: None, "show_setup": _show("setup"), "show_run": _show("run"), "set": _set, "start": _start, "pause": _request("pause"), "stop": _request("stop"), "halve": _request("lr", factor=.5),
-                "resume": _resume, "stop_now": _stop_now, "fork": _fork, "attach": lambda panel, content: panel.attach(content["run"]) if content["run"] else None,
+                "resume": _resume, "stop_now": _stop_now, "fork": _fork, "attach": lambda panel, content: panel.watch(content["run"]) if content["run"] else None,
                 "axis": _keep("axis", AXES), "extra": _keep("extra", EXTRAS), "smoothing": lambda panel, content: setattr(panel.face, "smoothing", min(.99, max(0., float(content["value"]))))}
 
 def attach(run="", runs_dir="runs"):

@@ -44,7 +44,7 @@ function drawChart(box, chart, state) {
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid }, font: "11px sans-serif", size: 52, values: (u, ticks) => ticks.map(v => v === null ? "" : String(+v.toPrecision(6))) };
   state.key = key;
   state.plot = new uPlot({
-    width: Math.max(200, box.clientWidth), height: 132, series: [{ label: chart.x_name, value: (u, v) => v === null || v === undefined ? "" : String(+Number(v).toPrecision(6)) }, ...series],
+    width: Math.max(200, box.clientWidth), height: 118, series: [{ label: chart.x_name, value: (u, v) => v === null || v === undefined ? "" : String(+Number(v).toPrecision(6)) }, ...series],
     bands: chart.bands.map(b => ({ series: [b[0] + 1, b[1] + 1], fill: "rgba(0,114,178,.15)" })),
     scales: { x: { time: false }, y: { distr: state.log ? 3 : 1 } }, axes: [{ ...axis, size: 24 }, axis], cursor: { sync: { key: "mbnb" + chart.x_name }, drag: { x: true, y: false } }, hooks: { draw: [drawMarks] },
   }, data, box);

@@ -41,22 +41,27 @@ class Lab:
     def __init__(self, folder, browser):
         self.folder, self.browser, self.port, self.token = folder, browser, free_port(), "a-token-for-this-test"
         command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}"]
-        command += [f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}", *(["--allow-root"] if os.geteuid() == 0 else [])]
-        env = os.environ | {name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
-        for plugin, settings in (("notification", {"fetchNews": "false", "checkForUpdates": False}),):      # no question in the way of a picture
-            file = folder / ".jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / f"{plugin}.jupyterlab-settings"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings))
-        with open(folder / "lab.log", "w") as log: self.server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        command += [f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}"]
+        command += ["--allow-root"] if os.geteuid() == 0 else []
+        own = ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+        env = os.environ | {name: str(folder / f".{name.lower()}") for name in own}
+        self.setting("notification", {"fetchNews": "false", "checkForUpdates": False})       # no question in the way of a picture
+        with open(folder / "lab.log", "w") as log:
+            self.server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         for _ in range(300):
             try: urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/status?token={self.token}", timeout=1); return
             except OSError: time.sleep(.2)
         pytest.fail((folder / "lab.log").read_text()[-2000:])
 
+    def setting(self, name, values):
+        "What a person would set in Lab's own settings."
+        file = self.folder / ".jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+
     def dark(self):
         "From the next tab on the theme is the dark one."
-        file = self.folder / ".jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
-        file.write_text(json.dumps({"theme": "JupyterLab Dark"}))
+        self.setting("themes", {"theme": "JupyterLab Dark"})
 
     def open(self, page, width=1280, height=2400):
         "A tab with the page, its kernel idle."
