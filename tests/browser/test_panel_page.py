@@ -46,16 +46,7 @@ def records(folder, kind): return [r for r in map(json.loads, (folder / "metrics
 SETTINGS = {"dataset": "toyshop-tiny", "epochs": "400", "patience": "400", "model.d_model": "16", "eval.bootstrap": "50"}
 
 
-@pytest.fixture(scope="module")
-def tab(lab):
-    tab = lab.open("panel.ipynb", height=1200)
-    lab.run_all(tab)
-    tab.wait_for_selector(".mbnb")
-    yield tab
-    tab.close()
-
-
-def test_start_shows_the_first_points_and_the_command(lab, tab):
+def start_shows_the_first_points_and_the_command(lab, tab):
     start(tab, **SETTINGS)
     begun = time.monotonic()
     wait_state(tab, "running")
@@ -69,7 +60,7 @@ def test_start_shows_the_first_points_and_the_command(lab, tab):
     tab.get_by_role("tab", name="Epochs").click()
 
 
-def test_pause_lr_and_resume_are_obeyed(lab, tab):
+def pause_lr_and_resume_are_obeyed(lab, tab):
     run = only_run(lab)
     asked = time.monotonic()
     press(tab, "Pause")
@@ -90,7 +81,7 @@ def test_pause_lr_and_resume_are_obeyed(lab, tab):
     assert [r["action"] for r in records(run, "control")] == ["pause", "lr", "resume"]
 
 
-def test_reload_and_a_new_kernel_lose_nothing(lab, tab):
+def reload_and_a_new_kernel_lose_nothing(lab, tab):
     run = only_run(lab)
     lab.save(tab)
     tab.reload()
@@ -112,7 +103,7 @@ def test_reload_and_a_new_kernel_lose_nothing(lab, tab):
     assert int(shown.split()[1].replace(",", "")) > steps // 2, "the curve is whole"
 
 
-def test_two_panels_agree_and_stop_leaves_a_checkpoint(lab, tab):
+def two_panels_agree_and_stop_leaves_a_checkpoint(lab, tab):
     run = only_run(lab)
     other = lab.open("second.ipynb", height=1200)
     lab.run_all(other)
@@ -129,7 +120,7 @@ def test_two_panels_agree_and_stop_leaves_a_checkpoint(lab, tab):
     assert load_run(run).status["reason"] == "stop was requested" and list((run / "checkpoints").glob("*.json"))
 
 
-def test_resume_goes_on_and_stop_now_is_resumable(lab, tab):
+def resume_goes_on_and_stop_now_is_resumable(lab, tab):
     run = only_run(lab)
     epochs = len(records(run, "epoch"))
     press(tab, "Resume")
@@ -144,7 +135,7 @@ def test_resume_goes_on_and_stop_now_is_resumable(lab, tab):
     assert len(set(steps)) == len(steps), "no step twice"
 
 
-def test_fork_begins_with_the_best_weights(lab, tab):
+def fork_begins_with_the_best_weights(lab, tab):
     run = only_run(lab)
     best = max(r["value"] for r in records(run, "epoch"))
     press(tab, "Fork from best")
@@ -156,10 +147,32 @@ def test_fork_begins_with_the_best_weights(lab, tab):
     lab.shot(tab.locator(".mbnb").first, "panel")
 
 
-def test_the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
+def the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
     lab.save(tab)
     page = lab.folder / "panel.ipynb"
     assert page.stat().st_size < 300_000
     outputs = [o for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
     html = "".join("".join(o["data"].get("text/html", "")) for o in outputs if "data" in o)
     assert "all 1 epochs done" in html and "<svg" in html and "<script" not in html
+
+
+STEPS = [
+    start_shows_the_first_points_and_the_command,
+    pause_lr_and_resume_are_obeyed,
+    reload_and_a_new_kernel_lose_nothing,
+    two_panels_agree_and_stop_leaves_a_checkpoint,
+    resume_goes_on_and_stop_now_is_resumable,
+    fork_begins_with_the_best_weights,
+    the_saved_page_shows_the_last_state_without_a_kernel,
+]
+
+
+def test_a_day_with_the_panel(lab):
+    "One run from Start to its fork; each step goes on from the one before, so they are one test."
+    tab = lab.open("panel.ipynb", height=1200)
+    lab.run_all(tab)
+    tab.wait_for_selector(".mbnb")
+    for step in STEPS:
+        print(step.__name__)
+        step(lab, tab)
+    tab.close()
