@@ -105,7 +105,7 @@ def reload_and_a_new_kernel_lose_nothing(lab, tab):
 
 def two_panels_agree_and_stop_leaves_a_checkpoint(lab, tab):
     run = only_run(lab)
-    other = lab.open("second.ipynb", height=1200)
+    other = lab.open("second.ipynb")
     lab.run_all(other)
     other.wait_for_selector(".mbnb-chart canvas", timeout=60_000)
     asked = time.monotonic()
@@ -169,7 +169,7 @@ STEPS = [
 
 def test_a_day_with_the_panel(lab):
     "One run from Start to its fork; each step goes on from the one before, so they are one test."
-    tab = lab.open("panel.ipynb", height=1200)
+    tab = lab.open("panel.ipynb")
     lab.run_all(tab)
     tab.wait_for_selector(".mbnb")
     for step in STEPS:
