@@ -167,6 +167,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow      # beside another worker its waits are too short now and then
 def test_a_day_with_the_panel(lab):
     "One run from Start to its fork; each step goes on from the one before, so they are one test."
     tab = lab.open("panel.ipynb")
