@@ -19,7 +19,7 @@ def keep_mask(shape, p, dtype=torch.float32):
     n, cut = shape.numel(), round(p * 256)
     if cut >= 256: return torch.zeros(shape, dtype=dtype)
     bits = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n]
-    return (bits >= cut).to(dtype).mul_(256 / (256 - cut)).view(shape)
+    return torch.ge(bits, cut, out=torch.empty(n, dtype=dtype)).mul_(256 / (256 - cut)).view(shape)
 
 class Dropout(nn.Module):
     "Zeroes elements with probability `p` while training, and scales the others by 1/(1-p)."
