@@ -167,13 +167,24 @@ STEPS = [
 ]
 
 
-@pytest.mark.slow      # beside another worker its waits are too short now and then
 def test_a_day_with_the_panel(lab):
     "One run from Start to its fork; each step goes on from the one before, so they are one test."
     tab = lab.open("panel.ipynb")
     lab.run_all(tab)
     tab.wait_for_selector(".mbnb")
-    for step in STEPS:
-        print(step.__name__)
-        step(lab, tab)
+    try:
+        for step in STEPS:
+            print(step.__name__)
+            step(lab, tab)
+    except Exception:
+        tell(lab, tab)
+        raise
     tab.close()
+
+
+def tell(lab, tab):
+    "What a person would look at when it went wrong."
+    lab.shot(tab, "panel-failed")
+    run = only_run(lab)
+    print((run / "status.json").read_text(), len(records(run, "step")), "steps", len(records(run, "epoch")), "epochs")
+    print(tab.locator(".mbnb").all_inner_texts(), (run / "papermill.log").read_text()[-1000:])
