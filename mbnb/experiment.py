@@ -351,7 +351,8 @@ def save_progress(run, model, state, record, meta):
     "One checkpoint; the best one so far keeps the best weights of the stage."
     kinds = {"last": model.state_dict(), "best": state.best_weights or {}, "average": state.average or {}}
     weights = {f"{kind}.{k}": v for kind, part in kinds.items() for k, v in part.items()}
-    run.save_checkpoint(f"{record['stage']}-{record['epoch'] + 1:04d}", weights, {"fit": state.to_dict(), "rng": rng_state(loader=state.rng)}, meta, best=record["best"])
+    name = f"{record['stage']}-{record['epoch'] + (record['kind'] == 'epoch'):04d}" + (f"-{state.taken:06d}" if state.taken else "")      # epochs, and batches of the next one
+    run.save_checkpoint(name, weights, {"fit": state.to_dict(), "rng": rng_state(loader=state.rng)}, meta, best=record.get("best", False))
 
 def load_progress(run, model, meta):
     "-> FitState of the newest checkpoint that holds, its weights in `model`; None if the run never saved one. Notes go to `run.notes`."
@@ -494,7 +495,8 @@ def _train(config, run, parts, clock, say, control):
     evaluate = make_evaluate(config, parts.sequences, parts.plan, config.eval.select_on)
     state, times, reason = parts.state, [], "finished"
     run.status("running", "training")
-    for record in fit(parts.model, build_losses(config), parts.sequences, config.stages, config.fit, evaluate, state):
+    loop = fit(parts.model, build_losses(config), parts.sequences, config.stages, config.fit, evaluate, state)
+    for record in loop:
         run.append(record)
         if record["kind"] == "epoch":
             clock.evaluate += record["eval_seconds"]
@@ -502,7 +504,10 @@ def _train(config, run, parts, clock, say, control):
             say(epoch_line(record, config.stages, times))
             if record["best"] or "ends" in record or state.epochs % config.fit.checkpoint_every == 0: save_progress(run, parts.model, state, record, parts.meta)
             reason = record.get("ends", reason)
-        if control.wanted() and not state.done: return True, control.reason
+        if control.wanted() and not state.done:
+            loop.close()
+            save_progress(run, parts.model, state, record, parts.meta)
+            return True, control.reason
     return False, reason
 
 def _finish(config, run, parts, rules, table, clock):

@@ -145,6 +145,11 @@ class FitState:
     cpu_seconds: float = 0.         # of training steps after the first epoch, all threads
     targets: int = 0                # rows trained on in the same span
     epochs: int = 0                 # finished epochs over all stages
+    order: int = 0                  # seed of the shuffle of the epoch that is under way
+    taken: int = 0                  # its batches so far, and what they make of the epoch's record:
+    loss_sum: float = 0.
+    rows: int = 0
+    begun: float = 0.               # `seconds` at its start
     done: bool = False
     optimizer: dict | None = None
     best_weights: dict | None = None
@@ -228,7 +233,9 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
     "One pass over the training cases; yields a record a step and counts into `state`."
     model.train()
     groups, named = len(turns(stage)), list(model.named_parameters())
-    source = batches(sequences, sequences.train, config.batch_size, max_len, rng=state.rng, tokens=config.tokens or None)
+    if not state.taken: state.order, state.loss_sum, state.rows, state.begun = int(torch.randint(2**62, (), generator=state.rng)), 0., 0, state.seconds
+    shuffle = torch.Generator().manual_seed(state.order)
+    source = batches(sequences, sequences.train, config.batch_size, max_len, rng=shuffle, tokens=config.tokens or None, skip=state.taken)
     start, cpu = time.perf_counter(), time.process_time()
     for chunk in _chunks(source, config.accumulate):
         wait = time.perf_counter() - start
@@ -236,7 +243,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
         if groups > 1:
             for name, p in named: p.requires_grad_(side[name] == state.step % groups)
         value, rows, terms, norm = train_step(fabric, model, optimizer, chunk, loss, stage.loss_weights, state.rng, config.clip)
-        state.step += 1
+        state.step += 1; state.taken += len(chunk); state.loss_sum += value * rows; state.rows += rows
         if state.step % TRIM_EVERY == 0: release_memory()
         seconds = time.perf_counter() - start
         state.seconds += seconds
@@ -249,7 +256,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
 def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None):
-    """Train `model` through `stages`; a generator of records. Leaving it stops training; `state` then says where.
+    """Train `model` through `stages`; a generator of records. Leaving it (`close()` says so at once) stops training; `state` then says where, in the middle of an epoch too.
 
     losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}, ...}, all of it goes into the record.
     `model.train_len`, where there is one, says how many events a training batch may hold: for models that choose windows of their own.
@@ -271,12 +278,10 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
         if state.best == -math.inf: yield _evaluated(model, settled, state, stage, config, optimizer, {}, number == len(stages) - 1)
         while not state.done and state.stage == number:
             if hasattr(model, "on_epoch"): model.on_epoch(stage, state.epoch + 1)
-            start, losses_seen, rows = state.seconds, 0., 0
-            for record in _epoch(fabric, model, optimizer, losses[stage.loss], sequences, stage, config, state, max_len, side, per_epoch * stage.epochs):
-                losses_seen += record["loss"] * record["rows"]; rows += record["rows"]
-                yield record
-            state.epoch += 1; state.epochs += 1
-            yield _evaluated(model, settled, state, stage, config, optimizer, {"loss": losses_seen / max(1, rows), "rows": rows, "train_seconds": state.seconds - start}, number == len(stages) - 1)
+            try: yield from _epoch(fabric, model, optimizer, losses[stage.loss], sequences, stage, config, state, max_len, side, per_epoch * stage.epochs)
+            finally: state.optimizer = optimizer.state_dict()
+            state.epoch += 1; state.epochs += 1; state.taken = 0
+            yield _evaluated(model, settled, state, stage, config, optimizer, {"loss": state.loss_sum / max(1, state.rows), "rows": state.rows, "train_seconds": state.seconds - state.begun}, number == len(stages) - 1)
     if state.best_weights: model.load_state_dict(state.best_weights)
 
 def _steps_per_epoch(sequences, config, max_len):

@@ -418,9 +418,9 @@ def batch_rows(length, size, tokens=None, rng=None, pool=64):
             out.append(part[:k]); part = part[k:]
     return [out[j] for j in torch.randperm(len(out), generator=rng)] if rng is not None else out
 
-def batches(s, cases, size, max_len, *, rng=None, tokens=None):
-    "Iterate over `cases` as Batches of at most `size` rows; shuffled by `rng` (a torch.Generator), else in an order by length."
-    for rows in batch_rows(np.minimum(cases.length, max_len), size, tokens, rng): yield collate(s, cases, rows, max_len)
+def batches(s, cases, size, max_len, *, rng=None, tokens=None, skip=0):
+    "Iterate over `cases` as Batches of at most `size` rows, without the first `skip`; shuffled by `rng` (a torch.Generator), else in an order by length."
+    for rows in batch_rows(np.minimum(cases.length, max_len), size, tokens, rng)[skip:]: yield collate(s, cases, rows, max_len)
 
 # %% ../nbs/03_sequences.ipynb #cell-46
 def next_items(batch):

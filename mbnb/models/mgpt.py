@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, TimeMix, cloze, right_padded
@@ -48,10 +49,11 @@ class Config:
     @classmethod
     def small(cls, n_items, n_behaviors, **changes):
         "The CPU preset."
-        base = cls(n_items, n_behaviors, max_len=49, d_model=32, n_layers=1, ff_dim=64, item_levels=2, scales=(4,), n_queries=(4,), max_masked=10, dropout=.2, graph_dropout=.1, form="general")
+        base = cls(n_items, n_behaviors, max_len=49, d_model=32, n_layers=1, ff_dim=64, item_levels=2, scales=(4,), n_queries=(4,), max_masked=10,
+                   dropout=.2, graph_dropout=.1, form="general")
         return replace(base, **changes)
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-8
+# %% ../../nbs/models/02_mgpt.ipynb #cell-9
 class InteractionGraph(nn.Module):
     "Views of a sequence after 0, 1, ... convolutions over its own interactions."
     def __init__(self, d_model, levels, dropout):
@@ -70,11 +72,12 @@ class InteractionGraph(nn.Module):
         for _ in range(self.levels - 1): views.append(self.drop(F.leaky_relu(normal @ self.convolve(views[-1]))))
         return torch.stack(views), A.sum((1, 2)).mean()
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-13
+# %% ../../nbs/models/02_mgpt.ipynb #cell-14
 def unit(x, dim):
     "x brought to length one along `dim`; zeros stay zeros."
     return x * x.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
 
+# %% ../../nbs/models/02_mgpt.ipynb #cell-17
 class LinearAttention(nn.Module):
     "Attention without a softmax over the whole sequence, (S,T,D) -> (S,T,D); not causal."
     def __init__(self, d_model, n_heads, dropout):
@@ -83,16 +86,17 @@ class LinearAttention(nn.Module):
         self.norm, self.drop = nn.LayerNorm(d_model, 1e-12), Dropout(dropout)
         d = d_model // n_heads
         self.register_buffer("within", torch.block_diag(*[torch.full((d, d), d ** -.5)] * n_heads), persistent=False)
+
     def forward(self, x, keep=None):
         "`keep` (S,T,1) is 0 on slots that may not be read; None reads all."
         u = self.drop(self.norm(x))
         qk, v = self.qkv(u).split((2 * x.shape[2], x.shape[2]), -1)
         q, k = unit(F.elu(qk).unflatten(2, (2, self.n_heads, -1)), -1).flatten(3).unbind(2)             # 2 x (S,T,D), each head of length one
         if keep is not None: v = v * keep
-        y = q @ (k.transpose(1, 2) @ v * self.within)                                                   # all heads at once: what one head asks of another counts 0
+        y = q @ (k.transpose(1, 2) @ v * self.within)
         return self.norm(self.drop(self.out(y)) + u)
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-15
+# %% ../../nbs/models/02_mgpt.ipynb #cell-23
 class Questions(nn.Module):
     "`n` questions to a window: number i is a linear map of its newest i+1 vectors."
     def __init__(self, d_model, n):
@@ -106,13 +110,14 @@ class Questions(nn.Module):
         q = F.linear(newest.flatten(1), stairs, self.bias).view(-1, self.n, self.d)
         return unit(q, 1)
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-18
+# %% ../../nbs/models/02_mgpt.ipynb #cell-26
 class WindowGates(nn.Module):
     "Gates inside windows of `width` slots, (S,T,D) -> (S,T,D); one set of weights for all windows."
     def __init__(self, d_model, n_heads, width, n_queries, power, dropout):
         super().__init__()
         self.n_heads, self.width, self.power = n_heads, width, power
-        self.ask, self.query, self.kv, self.out = Questions(d_model, n_queries), nn.Linear(d_model, d_model), nn.Linear(d_model, 2 * d_model), nn.Linear(d_model, d_model)
+        self.ask, self.query = Questions(d_model, n_queries), nn.Linear(d_model, d_model)
+        self.kv, self.out = nn.Linear(d_model, 2 * d_model), nn.Linear(d_model, d_model)
         self.norm, self.drop = nn.LayerNorm(d_model, 1e-12), Dropout(dropout)
 
     def heads(self, x, mixed):
@@ -120,30 +125,35 @@ class WindowGates(nn.Module):
         R, n, D = x.shape
         return x.reshape(R, self.n_heads, n, -1) if mixed else x.view(R, n, self.n_heads, -1).transpose(1, 2)
 
-    def gate(self, q, k, keep, mixed):
-        "Questions (R,n,D), keys (R,w,D), keep bool (R,w) -> gate (R,w,H,1)."
-        low, seen = torch.finfo(q.dtype).min, keep[:, None, None]
-        M = 2 * torch.sigmoid(self.heads(q, mixed) @ self.heads(k, mixed).transpose(2, 3))                 # (R,H,n,w)
-        alpha = (M if mixed else M.masked_fill(~seen, low)).softmax(-1)
-        g = (alpha ** self.power).sum(2).clamp_min(1e-20) ** (1 / self.power)                              # (R,H,w)
-        g = (2 * g).masked_fill(~seen[:, 0], low).softmax(-1) * seen[:, 0]
-        return g.transpose(1, 2)[..., None]
+# %% ../../nbs/models/02_mgpt.ipynb #cell-29
+@patch
+def gate(self: WindowGates, q, k, keep, mixed):
+    "Questions (R,n,D), keys (R,w,D), keep bool (R,w) -> gate (R,w,H,1)."
+    low, seen = torch.finfo(q.dtype).min, keep[:, None, None]
+    M = 2 * torch.sigmoid(self.heads(q, mixed) @ self.heads(k, mixed).transpose(2, 3))                 # (R,H,n,w)
+    alpha = (M if mixed else M.masked_fill(~seen, low)).softmax(-1)
+    g = (alpha ** self.power).sum(2).clamp_min(1e-20) ** (1 / self.power)                              # (R,H,w)
+    g = (2 * g).masked_fill(~seen[:, 0], low).softmax(-1) * seen[:, 0]
+    return g.transpose(1, 2)[..., None]
 
-    def forward(self, x, real, newest=None, mixed_heads=False):
-        "`real` bool (S,T); `newest` (S,T/w,n) says which slot of a window each place of a question reads, None the youngest ones, in order."
-        S, T, D = x.shape
-        w = min(self.width, T)
-        more = -T % w
-        if more: x, real = F.pad(x, (0, 0, more, 0)), F.pad(real, (more, 0))
-        xs, keep = x.reshape(-1, w, D), real.reshape(-1, w)
-        if newest is None: tail = xs[:, -self.ask.n:].flip(1)
-        else: tail = xs.gather(1, newest.flatten(0, 1)[:, :, None].expand(-1, -1, D))
-        k, v = self.kv(xs).chunk(2, -1)
-        g = self.gate(self.query(self.ask(tail)), k, keep, mixed_heads)
-        y = self.out((g * v.view(*v.shape[:2], self.n_heads, -1)).flatten(2))
-        return self.norm(self.drop(y) + xs).view(S, -1, D)[:, more:]
+# %% ../../nbs/models/02_mgpt.ipynb #cell-33
+@patch
+def forward(self: WindowGates, x, real, newest=None, mixed_heads=False):
+    """`real` bool (S,T); `newest` (S,T/w,n) says which slot of a window each place of a question reads, None the youngest ones, in order;
+    `mixed_heads` as `mixed` in `heads`."""
+    S, T, D = x.shape
+    w = min(self.width, T)
+    more = -T % w
+    if more: x, real = F.pad(x, (0, 0, more, 0)), F.pad(real, (more, 0))
+    xs, keep = x.reshape(-1, w, D), real.reshape(-1, w)                                                # (R,w,D), R = all windows of all rows
+    if newest is None: tail = xs[:, -self.ask.n:].flip(1)
+    else: tail = xs.gather(1, newest.flatten(0, 1)[:, :, None].expand(-1, -1, D))
+    k, v = self.kv(xs).chunk(2, -1)
+    g = self.gate(self.query(self.ask(tail)), k, keep, mixed_heads)
+    y = self.out((g * v.view(*v.shape[:2], self.n_heads, -1)).flatten(2))
+    return self.norm(self.drop(y) + xs).view(S, -1, D)[:, more:]
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-22
+# %% ../../nbs/models/02_mgpt.ipynb #cell-37
 class MixerBlock(nn.Module):
     "Attention, gates, mixing along time and a position-wise network, (S,T,D) -> (S,T,D)."
     def __init__(self, c):
@@ -166,19 +176,21 @@ class MixerBlock(nn.Module):
         branches = [self.attend(x + place, keep)] + [gate(x, real) + place for gate in self.gates]
         return self.read([b * keep for b in branches], x.shape[1], at)
 
-    def published(self, x, place, real, at=None):
-        "The public code: all slots, oldest first, pads on the right and read like others; places of a question that a window lacks read its last slot."
-        S, T, _ = x.shape
-        branches = [self.attend(x + place)]
-        for gate in self.gates:
-            w, n = gate.width, gate.ask.n
-            events = (real.sum(1)[:, None] - torch.arange(0, T, w, device=x.device)).clamp(0, w)                        # (S,T/w)
-            newest = events[:, :, None] - 1 - torch.arange(n, device=x.device)
-            branches.append(gate(x, real, torch.where(newest < 0, w - 1, newest), mixed_heads=True) + place)
-        x = self.read(branches, T)
-        return x if at is None else x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
+# %% ../../nbs/models/02_mgpt.ipynb #cell-41
+@patch
+def published(self: MixerBlock, x, place, real, at=None):
+    "The public code: all slots, oldest first, pads on the right and read like others; places of a question that a window lacks read its last slot."
+    S, T, _ = x.shape
+    branches = [self.attend(x + place)]
+    for gate in self.gates:
+        w, n = gate.width, gate.ask.n
+        events = (real.sum(1)[:, None] - torch.arange(0, T, w, device=x.device)).clamp(0, w)                        # (S,T/w)
+        newest = events[:, :, None] - 1 - torch.arange(n, device=x.device)
+        branches.append(gate(x, real, torch.where(newest < 0, w - 1, newest), mixed_heads=True) + place)
+    x = self.read(branches, T)
+    return x if at is None else x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-24
+# %% ../../nbs/models/02_mgpt.ipynb #cell-44
 def _check(c):
     "ValueError naming the field that does not fit."
     for name, valid in (("form", ("general", "published")), ("levels", ("max", "attention"))):
@@ -189,7 +201,7 @@ def _check(c):
     if c.form == "published" and any((c.max_len + 1) % s for s in c.scales):
         raise ValueError(f"scales={c.scales}: the published form cuts max_len + 1 = {c.max_len + 1} slots into equal windows; use divisors of it, or form='general'")
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-25
+# %% ../../nbs/models/02_mgpt.ipynb #cell-47
 def _schedule(levels, **stage): return [{"loss_weights": {"main": float(levels), "edges": 6.4e-4}, "beta2": .999, **stage}]
 
 class MGPT(nn.Module):
@@ -200,9 +212,11 @@ class MGPT(nn.Module):
     inputs = ("item_seq", "behavior_seq")
     PRESETS = {
         "published": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": _schedule(3, epochs=300, patience=10)},
-        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 64, "tokens": 2048, "unseen": "drawn"}, "stages": _schedule(3, epochs=8, lr=2e-3, schedule="cosine", patience=0)},
+        "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 64, "tokens": 2048, "unseen": "drawn"},
+                   "stages": _schedule(3, epochs=8, lr=2e-3, schedule="cosine", patience=0)},
         "small": {"loss": "ce", "fit": {"batch_size": 64}, "stages": _schedule(2, epochs=20, patience=3)},
     }
+    given = False           # may the repeat head know which behavior is asked for? see `prepare`
 
     def __init__(self, config):
         super().__init__()
@@ -217,11 +231,6 @@ class MGPT(nn.Module):
         self.reset()
         if c.head == "repeat": self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), (*self.inputs, "time_seq")     # it has a start of its own
 
-    given = False           # may the repeat head know which behavior is asked for?
-    def prepare(self, sequences, items=None):
-        "Where a data set asks for certain behaviors, that is part of the question."
-        self.given = bool(sequences.target_behaviors)
-
     def reset(self):
         "Normal weights of `init_std`, zero biases (the graph's is normal too), and pad rows of zeros."
         std = self.config.init_std
@@ -232,57 +241,75 @@ class MGPT(nn.Module):
         nn.init.normal_(self.graph.convolve.bias, std=std)
         with torch.no_grad(): self.items.weight[0] = self.behaviors.weight[0] = 0
 
-    def encode(self, slots, at):
-        """A Cloze and columns `at` (B,K) -> (states (levels,B,K,D), sum of affinities). In published form T is max_len + 1 and pads stand on the
-        right, see `right_padded`. What the last block would make of other columns nobody reads, so it is not made."""
-        b = self.behaviors(slots.behavior) * (slots.behavior > 0)[:, :, None]          # a masked slot has no behavior
-        views, edges = self.graph(self.items(slots.item), b, slots.real)
-        n, T = len(views), slots.item.shape[1]
-        x, place, real, at = views.flatten(0, 1), self.place[:T].flip(0), slots.real.repeat(n, 1), at.repeat(n, 1)
-        for block in self.blocks: x = (block if self.config.form == "general" else block.published)(x, place, real, at if block is self.blocks[-1] else None)
-        return x.unflatten(0, (n, -1)), edges
+# %% ../../nbs/models/02_mgpt.ipynb #cell-50
+@patch
+def slots(self: MGPT, batch, p):
+    "The Batch as a Cloze in the layout of the form."
+    made = cloze(batch, self.config.max_len, self.config.n_items + 1, p, self.config.max_masked)
+    return made if self.config.form == "general" else right_padded(made, self.config.max_len + 1)
 
-    def slots(self, batch, p):
-        "The Batch as a Cloze in the layout of the form."
-        made = cloze(batch, self.config.max_len, self.config.n_items + 1, p, self.config.max_masked)
-        return made if self.config.form == "general" else right_padded(made, self.config.max_len + 1)
+# %% ../../nbs/models/02_mgpt.ipynb #cell-53
+@patch
+def encode(self: MGPT, slots, at):
+    """A Cloze and columns `at` (B,K) -> (states (levels,B,K,D), sum of affinities). In published form T is max_len + 1 and pads stand on the
+    right, see `right_padded`."""
+    b = self.behaviors(slots.behavior) * (slots.behavior > 0)[:, :, None]          # a masked slot has no behavior
+    views, edges = self.graph(self.items(slots.item), b, slots.real)
+    n, T = len(views), slots.item.shape[1]
+    x, place, real, at = views.flatten(0, 1), self.place[:T].flip(0), slots.real.repeat(n, 1), at.repeat(n, 1)
+    for block in self.blocks: x = (block if self.config.form == "general" else block.published)(x, place, real, at if block is self.blocks[-1] else None)
+    return x.unflatten(0, (n, -1)), edges
 
-    def pooled(self, x):
-        "States (levels,N,D) -> the levels that score, (1 or levels,N,D)."
-        if self.config.levels == "max": return x
-        return (x * ((x @ self.level_map) * self.level_query).sum(-1, keepdim=True).softmax(0)).sum(0, keepdim=True)
+# %% ../../nbs/models/02_mgpt.ipynb #cell-56
+@patch
+def pooled(self: MGPT, x):
+    "States (levels,N,D) -> the levels that score, (1 or levels,N,D)."
+    if self.config.levels == "max": return x
+    return (x * ((x @ self.level_map) * self.level_query).sum(-1, keepdim=True).softmax(0)).sum(0, keepdim=True)
 
-    def memory(self, batch, slots):
-        "What the repeat head keeps of the events that are not masked."
-        time = F.pad(batch.time_seq[:, -self.config.max_len:], (0, 1))
-        return self.repeat.prepare(History(slots.item, slots.behavior, time, slots.real & ~slots.masked), self.items(slots.item) + self.behaviors(slots.behavior))
+# %% ../../nbs/models/02_mgpt.ipynb #cell-59
+@patch
+def prepare(self: MGPT, sequences, items=None):
+    "Where a data set asks for certain behaviors, that is part of the question."
+    self.given = bool(sequences.target_behaviors)
 
-    def forward(self, batch):
-        "Batch -> Prediction with a row for every masked slot and level; the levels of a slot share one pointer."
-        slots = self.slots(batch, self.config.mask_prob)
-        most = int((slots.label > 0).sum(1).max())
-        at = (slots.label == 0).long().argsort(dim=1, stable=True)[:, :most]               # the asked columns first
-        x, edges = self.encode(slots, at)
-        label = slots.label.gather(1, at)
-        asked = label > 0
-        states, copy = self.pooled(x[:, asked]), None
-        if self.config.head == "repeat":
-            copy = self.repeat(states.mean(0), asked.nonzero()[:, 0], at[asked], self.memory(batch, slots), slots.done.gather(1, at)[asked] * self.given, targets=label[asked]).repeat(len(states), 1)
-        return Prediction(states.flatten(0, 1), label[asked].repeat(len(states)), self.items.weight[:-1], aux={"edges": edges}, copy=copy)
+@patch
+def memory(self: MGPT, batch, slots):
+    "What the repeat head keeps of the events that are not masked."
+    time = F.pad(batch.time_seq[:, -self.config.max_len:], (0, 1))
+    return self.repeat.prepare(History(slots.item, slots.behavior, time, slots.real & ~slots.masked), self.items(slots.item) + self.behaviors(slots.behavior))
 
-    def score(self, batch):
-        "Batch -> (B,V) float32, the best level of every item; the pad column is -inf."
-        slots = self.slots(batch, 0.)
-        target = slots.real.sum(1) - 1 if self.config.form == "published" else torch.full_like(slots.item[:, 0], slots.item.shape[1] - 1)
-        states = self.pooled(self.encode(slots, target[:, None])[0][:, :, 0])           # (levels,B,D)
-        z = None
-        for s in states:
-            one = (s @ self.items.weight[:-1].T).float()
-            if self.config.head == "repeat": one[:, 1:] = one[:, 1:].log_softmax(1)
-            z = one if z is None else torch.maximum(z, one)
-        z[:, 0] = -torch.inf
-        return z if self.config.head == "softmax" else self.repeat.score(states.mean(0), z, self.memory(batch, slots), target, batch.target_behavior * self.given)
+# %% ../../nbs/models/02_mgpt.ipynb #cell-62
+@patch
+def forward(self: MGPT, batch):
+    "Batch -> Prediction with a row for every masked slot and level; the levels of a slot share one pointer."
+    slots = self.slots(batch, self.config.mask_prob)
+    most = int((slots.label > 0).sum(1).max())
+    at = (slots.label == 0).long().argsort(dim=1, stable=True)[:, :most]               # the asked columns first
+    x, edges = self.encode(slots, at)
+    label = slots.label.gather(1, at)
+    asked = label > 0
+    states, copy = self.pooled(x[:, asked]), None
+    if self.config.head == "repeat":
+        behavior = slots.done.gather(1, at)[asked] * self.given
+        copy = self.repeat(states.mean(0), asked.nonzero()[:, 0], at[asked], self.memory(batch, slots), behavior, targets=label[asked]).repeat(len(states), 1)
+    return Prediction(states.flatten(0, 1), label[asked].repeat(len(states)), self.items.weight[:-1], aux={"edges": edges}, copy=copy)
 
-    def recommend(self, batch, k):
-        "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
-        return top_items(self.score(batch), k, batch.exclude)
+# %% ../../nbs/models/02_mgpt.ipynb #cell-65
+@patch
+def score(self: MGPT, batch):
+    "Batch -> (B,V) float32, the best level of every item; the pad column is -inf."
+    slots = self.slots(batch, 0.)
+    target = slots.real.sum(1) - 1 if self.config.form == "published" else torch.full_like(slots.item[:, 0], slots.item.shape[1] - 1)
+    states, z = self.pooled(self.encode(slots, target[:, None])[0][:, :, 0]), None           # (levels,B,D)
+    for s in states:
+        one = (s @ self.items.weight[:-1].T).float()
+        if self.config.head == "repeat": one[:, 1:] = one[:, 1:].log_softmax(1)
+        z = one if z is None else torch.maximum(z, one)
+    z[:, 0] = -torch.inf
+    return z if self.config.head == "softmax" else self.repeat.score(states.mean(0), z, self.memory(batch, slots), target, batch.target_behavior * self.given)
+
+@patch
+def recommend(self: MGPT, batch, k):
+    "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
+    return top_items(self.score(batch), k, batch.exclude)

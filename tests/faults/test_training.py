@@ -92,6 +92,20 @@ def test_f03_a_signal_stops_cleanly_and_resume_is_exact(undisturbed, tmp_path):
     same_outcome(undisturbed["path"], tmp_path / "stopped")
 
 
+def test_f03_a_stop_within_an_epoch_loses_no_step(undisturbed, tmp_path, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(experiment.Control, "wanted", lambda self: "test" if next(looks) == 12 else "")
+    with pytest.raises(experiment.RunStopped):
+        run_experiment(configure(**SMALL, runs_dir=str(tmp_path), run_name="half"), say=lambda line: None)
+    stopped = load_run(tmp_path / "half")
+    steps, name = len(stopped.metrics.query("kind == 'step'")), stopped.checkpoints[0]["name"]
+    quiet(resume="half", runs_dir=str(tmp_path))
+    same_outcome(undisturbed["path"], tmp_path / "half")
+    ours, theirs = (load_run(path).metrics.query("kind == 'step'") for path in (tmp_path / "half", undisturbed["path"]))
+    assert name.count("-") == 2 and 0 < steps < len(theirs)
+    assert ours.step.tolist() == theirs.step.tolist() and ours.loss.tolist() == theirs.loss.tolist()
+
+
 def test_f09_resume_with_another_setting_is_refused_with_a_table(undisturbed):
     path = Path(undisturbed["path"])
     with pytest.raises(RunError, match="epochs") as refused:
