@@ -454,18 +454,19 @@ def _from_rules_to_result(config, run, parts, clock, say, control):
     run.status("running", "baselines")
     announce(run, config, parts, say)
     fitted = baselines.Fitted(parts.sequences)
-    def ruled(split, plans): return rank_rules(parts.sequences, split, plans, fitted) | rank_oracle(config, parts.sequences, split, plans[0])
-    rules = ruled("test", parts.plans)
-    table = baseline_table(rules)
-    run.append({"kind": "rules", "split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "table": baseline_table(ruled(config.eval.select_on, [parts.plan]))})
+    rules = rank_rules(parts.sequences, "test", parts.plans, fitted)
+    lines = {"kind": "rules", "split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "table": baseline_table(rank_rules(parts.sequences, config.eval.select_on, [parts.plan], fitted))}
+    run.append(lines)
     run.append({"kind": "peek", "split": config.eval.select_on, "cases": case_cards(parts.sequences, parts.sequences.cases(config.eval.select_on))})
-    for line in rules_text(table, [metrics.metric_name("NDCG", 10, p.name) for p in parts.plans]): say(line)
+    for line in rules_text(baseline_table(rules), [metrics.metric_name("NDCG", 10, p.name) for p in parts.plans]): say(line)
     clock.prepare = time.perf_counter() - clock.start
     stopped, reason = _train(config, run, parts, clock, say, control)
     if stopped:
         run.status("stopped", reason)
         raise RunStopped(f"{run.path.name} was stopped: {reason}; go on with -p resume {run.path.name} -p runs_dir {run.path.parent}")
-    result = _finish(config, run, parts, rules, table, clock)
+    oracle = rank_oracle(config, parts.sequences, lines["split"], parts.plan)           # seconds of work: training did not wait for it
+    if oracle: run.append(lines | {"table": lines["table"] | baseline_table(oracle)})
+    result = _finish(config, run, parts, rules | rank_oracle(config, parts.sequences, "test", parts.plans[0]), clock)
     run.status("done", reason)
     for line in result_lines(result, parts.plans): say(line)
     return result | {"path": str(run.path)}
@@ -510,7 +511,7 @@ def _train(config, run, parts, clock, say, control):
             return True, control.reason
     return False, reason
 
-def _finish(config, run, parts, rules, table, clock):
+def _finish(config, run, parts, rules, clock):
     "Score the test cases once with the best weights; write ranks and result."
     start, model, s = time.perf_counter(), parts.model, parts.sequences
     if parts.state.best_weights: model.load_state_dict(parts.state.best_weights)
@@ -520,7 +521,7 @@ def _finish(config, run, parts, rules, table, clock):
         valid = build_plans(config, s, "valid", every=False)
         run.save_ranks("valid", "", rank_model(config, s, model, "valid", valid)[valid[0].name])
     clock.evaluate += time.perf_counter() - start
-    result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, table, clock)
+    result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, baseline_table(rules), clock)
     result["selected"] = {"split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "value": parts.state.best}
     result["badges"] = [str(b) for p in parts.plans for b in baselines.badges(found[p.name], rules, p.name)]
     run.write_result(result)

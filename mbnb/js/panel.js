@@ -9,12 +9,20 @@ function el(tag, props = {}, ...children) {
     if (k === "on") for (const [event, f] of Object.entries(v)) node.addEventListener(event, f);
     else if (k === "class") node.className = v;
     else if (k.includes("-")) node.setAttribute(k, v);
+    else if (["value", "checked", "selected"].includes(k)) { if (v !== false) node.setAttribute(k, v === true ? "" : v); }      // as attributes, so that `fill` sees a change
     else node[k] = v;
   }
   node.append(...children.filter(c => c !== null && c !== undefined).map(c => c instanceof Node ? c : String(c)));
   return node;
 }
-const fill = (node, ...children) => { node.replaceChildren(...children); return node; };
+const nameOf = node => node.dataset.name || node.getAttribute("aria-label") || node.textContent;
+function fill(node, ...children) {       // what is the same stays: a press that is under way and the focus of the keyboard outlive the update
+  if (node.childNodes.length === children.length && children.every((c, i) => c.isEqualNode(node.childNodes[i]))) return node;
+  const focus = node.contains(document.activeElement) ? nameOf(document.activeElement) : null;
+  node.replaceChildren(...children);
+  if (focus !== null) [...node.querySelectorAll("button, select, input")].find(n => nameOf(n) === focus)?.focus();
+  return node;
+}
 const isDark = node => {
   const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g);
   return !!parts && (0.3 * parts[0] + 0.6 * parts[1] + 0.1 * parts[2]) < 110;
@@ -89,13 +97,12 @@ function render({ model, el: root }) {
       if (x.kind === "bool") return el("input", { ...common, type: "checkbox", checked: x.value });
       return el("input", { ...common, type: x.kind === "int" || x.kind === "float" ? "number" : "text", step: x.kind === "int" ? 1 : "any", value: x.value });
     };
-    const focus = document.activeElement?.dataset?.name, at = parts.setup.querySelector(".mbnb-form")?.scrollTop || 0;
+    const at = parts.setup.querySelector(".mbnb-form")?.scrollTop || 0;
     const sections = f.sections.flatMap(s => [el("h4", {}, s.title), ...s.fields.map(x => el("label", { class: x.set ? "set" : "", title: x.help }, el("span", {}, x.name.split(".").pop()), control(x)))]);
     const copy = text => el("button", { type: "button", on: { click: e => navigator.clipboard.writeText(text).then(() => { e.target.textContent = "copied"; }) } }, "copy");
     const grid = el("div", { class: "mbnb-form" }, ...sections);
     fill(parts.setup, grid, el("div", { class: "mbnb-row" }, el("pre", { class: "mbnb-command" }, f.command), copy(f.command)), el("div", { class: "mbnb-row" }, el("pre", {}, f.snippet), copy(f.snippet)));
     grid.scrollTop = at;
-    if (focus) parts.setup.querySelector(`[data-name="${CSS.escape(focus)}"]`)?.focus();
   }
   function strip() {
     const s = model.get("view").strip || {};
@@ -136,7 +143,7 @@ function render({ model, el: root }) {
     const rows = [...t.rows];
     if (ui.sort) rows.sort((a, b) => (a.cells[ui.sort[0]] < b.cells[ui.sort[0]] ? -1 : 1) * ui.sort[1]);
     const order = i => () => { ui.sort = ui.sort && ui.sort[0] === i ? [i, -ui.sort[1]] : [i, 1]; tabs(); };
-    const header = t.columns.map((c, i) => el("th", {}, el("button", { type: "button", on: { click: order(i) } }, c)));
+    const header = t.columns.map((c, i) => el("th", {}, c && el("button", { type: "button", on: { click: order(i) } }, c)));
     return el("table", {}, el("thead", {}, el("tr", {}, ...header)), el("tbody", {}, ...rows.map(r => el("tr", { class: r.best ? "best" : "" }, ...r.cells.map((c, i) => el("td", { class: r.marks[i] || "", title: r.marks[i] === "noise" ? "within two standard errors of the epoch before" : "" }, c === null ? "" : c))))));
   }
   const card = c => el("div", { class: `mbnb-card ${c.severity}` }, el("b", {}, `${c.id} ${c.severity} `), c.message, c.fix ? el("span", { class: "mbnb-soft" }, " → " + c.fix) : null);

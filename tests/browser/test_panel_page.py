@@ -46,6 +46,20 @@ def records(folder, kind): return [r for r in map(json.loads, (folder / "metrics
 SETTINGS = {"dataset": "toyshop-tiny", "epochs": "400", "patience": "400", "model.d_model": "16", "eval.bootstrap": "50"}
 
 
+CONTROLS = "[...document.querySelectorAll('.mbnb button:enabled, .mbnb select, .mbnb input')].filter(n => n.getClientRects().length)"
+NAME = "(n => n.dataset.name || n.getAttribute('aria-label') || n.labels?.[0]?.textContent.trim() || n.textContent)"
+
+
+def tab_reaches_every_control_in_order(lab, tab):
+    wanted = tab.evaluate(f"{CONTROLS}.map({NAME})")
+    tab.evaluate(f"{CONTROLS}[0].focus()")
+    reached = []
+    for _ in wanted:
+        reached.append(tab.evaluate(f"{NAME}(document.activeElement)"))
+        tab.keyboard.press("Tab")
+    assert reached == wanted and all(wanted) and len(wanted) > 10
+
+
 def start_shows_the_first_points_and_the_command(lab, tab):
     start(tab, **SETTINGS)
     begun = time.monotonic()
@@ -54,6 +68,10 @@ def start_shows_the_first_points_and_the_command(lab, tab):
     tab.wait_for_function(ROWS.format(3), timeout=60_000)
     print(f"running after {running - begun:.1f} s, two epochs after {time.monotonic() - begun:.1f} s")
     assert tab.locator(".mbnb-chart canvas").count() == 4
+    tab_reaches_every_control_in_order(lab, tab)
+    tab.evaluate(f"{CONTROLS}.find(n => n.textContent === 'Stop').focus()")
+    tab.wait_for_timeout(1500)
+    assert tab.evaluate("document.activeElement.textContent") == "Stop", "what is new does not take the focus away"
     tab.get_by_role("tab", name="Command").click()
     shown = tab.locator(".mbnb-tab pre").inner_text()
     assert "-p dataset toyshop-tiny" in shown and "model.d_model=16" in shown
@@ -157,6 +175,7 @@ def the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
 
 
 STEPS = [
+    tab_reaches_every_control_in_order,
     start_shows_the_first_points_and_the_command,
     pause_lr_and_resume_are_obeyed,
     reload_and_a_new_kernel_lose_nothing,
