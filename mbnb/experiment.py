@@ -8,9 +8,9 @@ __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'ORACLE_USERS', 'L
            'advised', 'make_config', 'data_options', 'check_model', 'build_model', 'build_losses', 'build_plans',
            'rank_model', 'make_evaluate', 'shown_cases', 'case_cards', 'peek', 'rank_rules', 'rank_oracle',
            'baseline_table', 'intervals', 'Clock', 'make_result', 'Control', 'clock_text', 'epoch_line', 'rules_text',
-           'save_progress', 'load_progress', 'RunStopped', 'Parts', 'start_from', 'prepare', 'run_folder_of',
-           'configure', 'run_experiment', 'announce', 'result_lines', 'meaning', 'find_run', 'finished',
-           'against_rules', 'show_errors_short']
+           'save_progress', 'load_progress', 'RunStopped', 'Parts', 'start_from', 'prepare', 'data_facts',
+           'run_folder_of', 'configure', 'run_experiment', 'announce', 'result_lines', 'meaning', 'find_run',
+           'finished', 'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
 import ast
@@ -398,6 +398,13 @@ def prepare(config, bad_rows_to):
     return Parts(sequences, build_plans(config, sequences, split, every=False)[0], build_plans(config, sequences, "test"), model, state, meta)
 
 # %% ../nbs/21_experiment.ipynb #cell-33
+def data_facts(s):
+    "What a reader of the run wants to know of its data: {users, items, events, behaviors {name: events}, cases {split: number}, history (median, longest), leaks}."
+    counts = np.bincount(s.behavior, minlength=len(s.behaviors))
+    length = np.concatenate([s.cases(split).length for split in ("train", "valid", "test")])
+    return {"users": len(s.users), "items": s.n_items, "events": len(s.item), "behaviors": {str(b): int(n) for b, n in zip(s.behaviors[1:], counts[1:])},
+            "cases": {split: len(s.cases(split)) for split in ("train", "valid", "test")}, "history": [float(np.median(length)), int(length.max())] if len(length) else [], "leaks": s.leaks}
+
 NOT_SAVED = ("resume", "runs_dir", "panel", "lang", "run_name")
 
 def run_folder_of(p, name="resume"):
@@ -427,7 +434,7 @@ def run_experiment(config, say=print):
     bad_rows = Path(p["runs_dir"]) / f"{name}.bad_rows.csv"
     parts = prepare(config, bad_rows)
     with RunFolder.create(p["runs_dir"], name) as run:
-        run.write_json("config.json", {k: v for k, v in config.to_dict().items() if k != "resume"} | parts.meta)
+        run.write_json("config.json", {k: v for k, v in config.to_dict().items() if k != "resume"} | parts.meta | {"data": data_facts(parts.sequences)})
         run.write_json("environment.json", environment())
         if bad_rows.exists(): os.replace(bad_rows, run.path / "bad_rows.csv")
         return _carry_out(config, run, parts, clock, say)

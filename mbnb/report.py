@@ -8,9 +8,9 @@ __all__ = ['PHRASES', 'MD', 'PAGE', 'CARD', 'BARS', 'NOT_ASKED', 'BADGE', 'SECTI
            'duration', 'is_number', 'best_rule', 'join', 'split_of', 'verdicts', 'quality', 'on_overview', 'chosen',
            'best_checkpoint', 'best_table', 'on_best', 'phases', 'stage_parts', 'phase_row', 'trend', 'stage_words',
            'phase_blocks', 'loss_words', 'text_curve', 'curve_lines', 'on_training', 'same_again', 'shown_value',
-           'on_configuration', 'ranks_of', 'case_facts', 'on_data', 'cutoffs', 'depth_tables', 'depth_words',
-           'on_depth', 'part_means', 'badge_words', 'baseline_block', 'on_baselines', 'on_slices', 'spent',
-           'after_best', 'machine', 'on_time', 'severity', 'fix_text', 'on_findings', 'on_advice', 'on_origin',
+           'on_configuration', 'ranks_of', 'case_facts', 'written_facts', 'on_data', 'cutoffs', 'depth_tables',
+           'depth_words', 'on_depth', 'part_means', 'badge_words', 'baseline_block', 'on_baselines', 'on_slices',
+           'spent', 'after_best', 'machine', 'on_time', 'severity', 'fix_text', 'on_findings', 'on_advice', 'on_origin',
            'sections', 'as_html', 'as_page', 'as_markdown', 'write_report', 'pick_run', 'report_page']
 
 # %% ../nbs/23_report.ipynb #cell-2
@@ -84,7 +84,7 @@ PHRASES |= {
 PHRASES |= {
     "setting": ("setting", "设置"), "part": ("part", "部分"), "part_run": ("run", "运行"), "part_model": ("model", "模型"), "part_loss": ("loss", "损失"), "part_data": ("data", "数据"), "part_fit": ("training", "训练"),
     "part_eval": ("evaluation", "评估"), "part_stage": ("stage {name}", "阶段 {name}"), "config_none": ("The run has not written its configuration (config.json).", "该运行尚未写出配置（config.json）。"), "again": ("The same run again, on another folder:", "在另一目录中重复同一运行："),
-    "dataset_is": ("data set", "数据集"), "n_items": ("items in the catalogue", "物品总数"), "n_behaviors": ("behaviors", "行为类型数"), "n_users": ("users", "用户数"), "train_rows": ("rows trained on in an epoch", "每轮训练行数"),
+    "dataset_is": ("data set", "数据集"), "n_items": ("items in the catalogue", "物品总数"), "n_behaviors": ("behaviors", "行为类型数"), "n_users": ("users", "用户数"), "events": ("events", "交互数"), "behavior_is": ("events of behavior {name}", "行为 {name} 的交互数"), "train_cases": ("training cases", "训练样本数"), "history": ("events before the target: median, most", "目标前的交互数：中位数，最多"), "leak": ("leak check: {name}", "泄漏检查：{name}"), "train_rows": ("rows trained on in an epoch", "每轮训练行数"),
     "test_cases": ("test cases", "测试样本数"), "test_users": ("users among them", "其中的用户数"), "test_targets": ("distinct targets", "不同目标物品数"), "repeat_share": ("targets seen in the history", "目标曾在历史中出现"), "valid_cases": ("validation cases", "验证样本数"),
     "candidates": ("candidates a case, protocol {protocol}", "每个样本的候选数（协议 {protocol}）"), "data_hash": ("hash of the data", "数据哈希"), "split_hash": ("hash of the split", "划分哈希"), "data_options": ("options", "选项"),
     "share_is": ("{n} of {all} ({share})", "{n} / {all}（{share}）"), "range": ("{a} to {b}", "{a} 至 {b}"), "data_sparse": ("What is not listed here the run has not written down.", "此处未列出的内容，运行记录中没有。"),
@@ -413,14 +413,22 @@ def case_facts(story):
             if found is not None and len(found["m"]): out.append((say("candidates", protocol=protocol), number(int(found["m"].min())) if found["m"].min() == found["m"].max() else say("range", a=number(int(found["m"].min())), b=number(int(found["m"].max())))))
     return out + ([(say("valid_cases"), len(valid["case"]))] if valid is not None else [])
 
+def written_facts(data, say):
+    "[(name, value)] of the data as the run saw them, from its config.json."
+    find = lambda k: data.get(k) if isinstance(data.get(k), dict) else {}
+    facts = [(say(name), data.get(k)) for name, k in (("n_users", "users"), ("n_items", "items"), ("events", "events"))]
+    facts += [(say("behavior_is", name=b), n) for b, n in find("behaviors").items()] + [(say(f"{s}_cases"), find("cases").get(s)) for s in ("train", "valid", "test")]
+    facts += [(say("history"), ", ".join(f"{x:g}" for x in data["history"]))] if data.get("history") else []
+    return facts + [(say("leak", name=k), v) for k, v in find("leaks").items() if k != "test_cases"]
+
 def on_data(story):
     config, say, model = story.config, story.say, part(story.config, "config", "model")
-    facts = [(say("dataset_is"), config.get("dataset"))] + [(say(k), model[k]) for k in ("n_items", "n_behaviors", "n_users") if isinstance(model.get(k), int)]
+    facts = [(say("dataset_is"), config.get("dataset"))] + (written_facts(config["data"], say) if isinstance(config.get("data"), dict) else [(say(k), model[k]) for k in ("n_items", "n_behaviors", "n_users") if isinstance(model.get(k), int)])
     rows = story.curves.epochs.rows[np.isfinite(story.curves.epochs.rows)]
     facts += [(say("train_rows"), int(rows.iloc[-1]))] if len(rows) else []
     facts += case_facts(story) + ([(say("data_options"), ", ".join(f"{k}={v}" for k, v in part(config, "resolved", "data").items()))] if part(config, "resolved", "data") else [])
     facts += [(say(k), str(config[k])[:16]) for k in ("data_hash", "split_hash") if config.get(k)]
-    return [Block("facts", [(k, short(number(v), 120)) for k, v in facts]), para(say("data_sparse"))]
+    return [Block("facts", [(k, short(number(v), 120)) for k, v in dict(facts).items()]), para(say("data_sparse"))]
 
 # %% ../nbs/23_report.ipynb #cell-38
 def cutoffs(values, suffix):
