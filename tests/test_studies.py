@@ -10,7 +10,7 @@ import pytest
 
 STUDIES = Path(__file__).parents[1] / "nbs" / "studies"
 SMALL = {
-    "mgpt_retail_beh": {"seeds": "0", "epochs": "1", "head_epochs": "1"},
+    "mgpt_retail_beh": {"seeds": "0", "epochs": "1"},
     "gear_taobao": {"seeds": "0", "gear_epochs": "2", "mbht_epochs": "1"},
 }
 
