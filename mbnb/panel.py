@@ -39,7 +39,7 @@ from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_ru
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
 # %% ../nbs/24_panel.ipynb #cell-5
-LEFT_OUT = ("runs_dir", "run_name", "resume", "fork", "panel", "doctor", "lang", "set")
+LEFT_OUT = ("runs_dir", "resume", "fork", "panel", "doctor", "lang", "set")
 MORE_CHOICES = {"schedule": SCHEDULES, "optimizer": ("adam", "adamw")}
 _COMMENT = re.compile(r"^\s*(\w+)\s*:[^#]*#\s*(.*)$")
 
@@ -448,7 +448,7 @@ def _resume(panel, content):
     _begin(panel, {"resume": panel.run.id, "runs_dir": str(panel.runs_dir)})
 
 def _fork(panel, content):
-    config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in LEFT_OUT and v != PARAMETERS[k]}
+    config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in (*LEFT_OUT, "run_name") and v != PARAMETERS[k]}
     panel.chosen, panel.page = config | dict(p.split("=", 1) for p in shlex.split(panel.run.config.get("set", ""))) | {"fork": panel.run.id}, "setup"
 
 def _stop_now(panel, content):
