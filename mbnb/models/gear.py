@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, TransformerBlock
@@ -48,7 +49,7 @@ class Config:
         "The CPU preset."
         return replace(cls(n_items, n_behaviors, n_layers=2, behavior_std=.02, item_std=.02, form="masked"), **changes)
 
-# %% ../../nbs/models/03_gear.ipynb #cell-7
+# %% ../../nbs/models/03_gear.ipynb #cell-9
 CHOICES = {"query_time": ("last", "target"), "query_behavior": ("auto", "given", "mixed"), "form": ("published", "masked"), "layout": ("alternate", "merged")}
 
 def check_choices(config):
@@ -56,7 +57,7 @@ def check_choices(config):
     for name, valid in CHOICES.items():
         if getattr(config, name) not in valid: raise ValueError(f"{name}={getattr(config, name)!r} is unknown; valid: {', '.join(map(repr, valid))}")
 
-# %% ../../nbs/models/03_gear.ipynb #cell-10
+# %% ../../nbs/models/03_gear.ipynb #cell-12
 @dataclass(frozen=True)
 class Steps:
     "n = L+1 steps of B rows, left-padded, the last one is the target's: item, behavior, time, label (B,n) int64; label 0 = the item is not asked for."
@@ -75,7 +76,7 @@ def as_steps(batch):
         label = item * F.pad(batch.extra["label_mask"], (1, 0))
     return Steps(item, join(batch.behavior_seq, batch.target_behavior), time, label)
 
-# %% ../../nbs/models/03_gear.ipynb #cell-15
+# %% ../../nbs/models/03_gear.ipynb #cell-17
 def window(steps, n, share=0.):
     "The newest `n` steps of each row; of rows with more real ones, a random `share` gives `n` consecutive steps from a uniform start."
     B, T = steps.item.shape
@@ -86,7 +87,7 @@ def window(steps, n, share=0.):
     column = T - n - back[:, None] + torch.arange(n, device=spare.device)
     return Steps(*(x.gather(1, column) for x in (steps.item, steps.behavior, steps.time, steps.label)))
 
-# %% ../../nbs/models/03_gear.ipynb #cell-18
+# %% ../../nbs/models/03_gear.ipynb #cell-20
 def log_gaps(time, clock, per_second=1.):
     "int64 (B,T) times of the steps and what their clocks show -> log(1 + seconds from step j to the clock of step i), (B,T,T) float32; 0 if j is later."
     return ((clock[:, :, None] - time[:, None, :]).clamp(min=0).float() / per_second).log1p()
@@ -95,7 +96,7 @@ def slopes(n_heads):
     "(H,) weights 2^(-8h/H) of the time bias."
     return 2. ** (-8 / n_heads * torch.arange(n_heads))
 
-# %% ../../nbs/models/03_gear.ipynb #cell-21
+# %% ../../nbs/models/03_gear.ipynb #cell-23
 def alternate(behaviors, items):
     "(B,L+Q,D) and (B,L,D) -> (B,2L+Q,D): b_1, i_1, ..., b_L, i_L and the Q queries."
     L = items.shape[1]
@@ -107,6 +108,7 @@ def before(items, queries):
     "(B,L,D) -> (B,L+Q,D): the item before each step, nothing before the first, and the newest one for each query."
     return torch.cat([torch.zeros_like(items[:, :1]), items[:, :-1], items[:, -1:].expand(-1, queries, -1)], 1)
 
+# %% ../../nbs/models/03_gear.ipynb #cell-26
 def reach(real, queries=0):
     "Events bool (B,T) and the number of queries behind them -> bool (B,1,T+Q,T+Q), who reads whom: real earlier slots and itself. None = plain causal."
     if queries < 2 and bool(real.all()): return None
@@ -117,7 +119,7 @@ def reach(real, queries=0):
     if queries: past[-queries:, -queries:] = False
     return ((past & real[:, None]) | itself)[:, None]
 
-# %% ../../nbs/models/03_gear.ipynb #cell-24
+# %% ../../nbs/models/03_gear.ipynb #cell-29
 class GEAR(nn.Module):
     "Generalized alternating regressor over behaviors and items (SIGIR 2025; kaiwenzhou1/GEAR@cfbc0c1, facts only)."
     Config = Config
@@ -157,74 +159,89 @@ class GEAR(nn.Module):
             nn.init.zeros_(block.attention.qkv.bias); nn.init.zeros_(block.attention.out.bias)
         with torch.no_grad(): self.items.weight[0] = 0; self.behaviors.weight[0] = 0
 
-    def prepare(self, sequences, items=None):
-        "Take over from a data set what its time counts, and whether it asks for certain behaviors."
-        self.per_second.fill_({"s": 1., "ms": 1000., "order": 0.}[sequences.unit])
-        if self.config.query_behavior == "auto": self.given.fill_(bool(sequences.target_behaviors))
+# %% ../../nbs/models/03_gear.ipynb #cell-32
+@patch
+def prepare(self: GEAR, sequences, items=None):
+    "Take over from a data set what its time counts, and whether it asks for certain behaviors."
+    self.per_second.fill_({"s": 1., "ms": 1000., "order": 0.}[sequences.unit])
+    if self.config.query_behavior == "auto": self.given.fill_(bool(sequences.target_behaviors))
 
-    def time_bias(self, time, queries):
-        "Times (B,n) of the steps -> (B,H,L+Q,L+Q), what attention among behaviors loses to time."
-        ticks = float(self.per_second)
-        if not ticks: time = torch.arange(time.shape[1], device=time.device).expand_as(time)
-        clock = torch.cat([time[:, :1], time[:, :-1]], 1) if ticks and self.config.query_time == "last" else time
-        each = lambda x: torch.cat([x[:, :-1], clock[:, -1:].expand(-1, queries)], 1)
-        return -slopes(self.config.n_heads).to(time.device)[:, None, None] * log_gaps(each(time), each(clock), max(1., ticks))[:, None]
+# %% ../../nbs/models/03_gear.ipynb #cell-35
+@patch
+def time_bias(self: GEAR, time, queries):
+    "Times (B,n) of the steps -> (B,H,L+Q,L+Q), what attention among behaviors loses to time."
+    ticks = float(self.per_second)
+    if not ticks: time = torch.arange(time.shape[1], device=time.device).expand_as(time)
+    clock = torch.cat([time[:, :1], time[:, :-1]], 1) if ticks and self.config.query_time == "last" else time
+    each = lambda x: torch.cat([x[:, :-1], clock[:, -1:].expand(-1, queries)], 1)
+    return -slopes(self.config.n_heads).to(time.device)[:, None, None] * log_gaps(each(time), each(clock), max(1., ticks))[:, None]
 
-    def slots(self, item, behavior, time):
-        "Items (B,L), behaviors (B,L+Q), times (B,L+1) -> states (B,2L+Q,D): behavior and item slots in turns, then Q queries."
-        queries = behavior.shape[1] - item.shape[1]
-        real = item != 0 if self.config.form == "masked" else torch.ones_like(item, dtype=torch.bool)
-        who = reach(real, queries)
-        if self.config.time_bias:
-            bias = self.time_bias(time, queries)
-            past = torch.ones_like(bias[0, 0], dtype=torch.bool).tril() if who is None else who
-            who = bias.masked_fill(~past, -torch.inf)
-        look = lambda table, ids: self.norm(self.drop(table(ids)))
-        i = self.drop(self.item_block(look(self.items, item), reach(real)))
-        b = self.drop(self.behavior_block(look(self.behaviors, behavior), who))
-        if self.config.layout == "merged": x, who = b + before(i * real[..., None], queries), reach(real, queries)
-        else: x, who = alternate(b, i), reach(real.repeat_interleave(2, 1), queries)
-        for block in self.blocks: x = block(x, who)
-        return alternate(x, i) if self.config.layout == "merged" else x
+# %% ../../nbs/models/03_gear.ipynb #cell-38
+@patch
+def slots(self: GEAR, item, behavior, time):
+    "Items (B,L), behaviors (B,L+Q), times (B,L+1) -> states (B,2L+Q,D): behavior and item slots in turns, then Q queries."
+    queries = behavior.shape[1] - item.shape[1]
+    real = item != 0 if self.config.form == "masked" else torch.ones_like(item, dtype=torch.bool)
+    who = reach(real, queries)
+    if self.config.time_bias:
+        bias = self.time_bias(time, queries)
+        past = torch.ones_like(bias[0, 0], dtype=torch.bool).tril() if who is None else who
+        who = bias.masked_fill(~past, -torch.inf)
+    look = lambda table, ids: self.norm(self.drop(table(ids)))
+    i = self.drop(self.item_block(look(self.items, item), reach(real)))
+    b = self.drop(self.behavior_block(look(self.behaviors, behavior), who))
+    if self.config.layout == "merged": x, who = b + before(i * real[..., None], queries), reach(real, queries)
+    else: x, who = alternate(b, i), reach(real.repeat_interleave(2, 1), queries)
+    for block in self.blocks: x = block(x, who)
+    return alternate(x, i) if self.config.layout == "merged" else x
 
-    def forward(self, batch):
-        "Batch -> Prediction: an item at every behavior slot; `aux` holds the cross-entropy of the behavior at every item slot."
-        c = self.config
-        s = window(as_steps(batch), c.max_len + 1, c.random_window_prob if self.training else 0.)
-        x = self.slots(s.item[:, :-1], s.behavior, s.time)
-        asked, aux = s.label != 0, {"behavior": self.behavior_loss(x[:, 1::2], s)}
-        states, targets = x[:, 0::2][asked], s.label[asked]
-        copy = self.repeat(states, *asked.nonzero(as_tuple=True), self.memory(x, s), s.behavior[asked], targets=targets) if self.repeat else None
-        return Prediction(states, targets, self.items.weight, aux=aux, copy=copy)
+# %% ../../nbs/models/03_gear.ipynb #cell-45
+@patch
+def behavior_loss(self: GEAR, x, steps):
+    "States (B,L,D) of the item slots -> mean cross-entropy of the next step's behavior, among behaviors 1..C."
+    asked = steps.behavior[:, 1:] != 0
+    if self.config.form == "masked": asked = asked & (steps.item[:, :-1] != 0)
+    if not asked.any(): return x.sum() * 0.
+    return F.cross_entropy(x[asked] @ self.behaviors.weight[1:].T, steps.behavior[:, 1:][asked] - 1)
 
-    def memory(self, x, steps):
-        "What the repeat head may point at: the events before the target's step, with the states of their item slots and their times in seconds."
-        past = lambda ids: ids[:, :-1]
-        time = past(steps.time) // self.per_second.long().clamp(min=1) * self.per_second.bool()
-        return self.repeat.prepare(History(past(steps.item), past(steps.behavior), time, past(steps.item) != 0), x[:, 1:2 * time.shape[1]:2])
+# %% ../../nbs/models/03_gear.ipynb #cell-48
+@patch
+def memory(self: GEAR, x, steps):
+    "What the repeat head may point at: the events before the target's step, with the states of their item slots and their times in seconds."
+    past = lambda ids: ids[:, :-1]
+    time = past(steps.time) // self.per_second.long().clamp(min=1) * self.per_second.bool()
+    return self.repeat.prepare(History(past(steps.item), past(steps.behavior), time, past(steps.item) != 0), x[:, 1:2 * time.shape[1]:2])
 
-    def behavior_loss(self, x, steps):
-        "States (B,L,D) of the item slots -> mean cross-entropy of the next step's behavior, among behaviors 1..C."
-        asked = steps.behavior[:, 1:] != 0
-        if self.config.form == "masked": asked = asked & (steps.item[:, :-1] != 0)
-        if not asked.any(): return x.sum() * 0.
-        return F.cross_entropy(x[asked] @ self.behaviors.weight[1:].T, steps.behavior[:, 1:][asked] - 1)
+# %% ../../nbs/models/03_gear.ipynb #cell-51
+@patch
+def forward(self: GEAR, batch):
+    "Batch -> Prediction: an item at every behavior slot; `aux` holds the cross-entropy of the behavior at every item slot."
+    c = self.config
+    s = window(as_steps(batch), c.max_len + 1, c.random_window_prob if self.training else 0.)
+    x = self.slots(s.item[:, :-1], s.behavior, s.time)
+    asked, aux = s.label != 0, {"behavior": self.behavior_loss(x[:, 1::2], s)}
+    states, targets = x[:, 0::2][asked], s.label[asked]
+    copy = self.repeat(states, *asked.nonzero(as_tuple=True), self.memory(x, s), s.behavior[asked], targets=targets) if self.repeat else None
+    return Prediction(states, targets, self.items.weight, aux=aux, copy=copy)
 
-    def score(self, batch):
-        "Batch -> (B,V) float32 scores of all items, for `batch.target_behavior` if that is given; the pad column is -inf."
-        s = window(as_steps(batch), self.config.max_len + 1)
-        item, past, L = s.item[:, :-1], s.behavior[:, :-1], s.item.shape[1] - 1
-        query = s.behavior[:, -1:] if self.given else torch.arange(1, self.config.n_behaviors + 1, device=item.device).expand(len(item), -1)
-        x = self.slots(item, torch.cat([past, query], 1), s.time)
-        z = (x[:, 2 * L:] @ self.items.weight.T).float()                          # (B,Q,V)
-        z[:, :, 0] = -torch.inf
-        if self.repeat:
-            memory = self.memory(x, s)
-            z = torch.stack([self.repeat.score(x[:, 2 * L + q], z[:, q], memory, None, query[:, q]) for q in range(query.shape[1])], 1)
-        if self.given: return z[:, 0]
-        will_do = (x[:, 2 * L - 1] @ self.behaviors.weight[1:].T).float().log_softmax(1)
-        return (will_do[:, :, None] + z.log_softmax(2)).logsumexp(1)
+# %% ../../nbs/models/03_gear.ipynb #cell-54
+@patch
+def score(self: GEAR, batch):
+    "Batch -> (B,V) float32 scores of all items, for `batch.target_behavior` if that is given; the pad column is -inf."
+    s = window(as_steps(batch), self.config.max_len + 1)
+    item, past, L = s.item[:, :-1], s.behavior[:, :-1], s.item.shape[1] - 1
+    query = s.behavior[:, -1:] if self.given else torch.arange(1, self.config.n_behaviors + 1, device=item.device).expand(len(item), -1)
+    x = self.slots(item, torch.cat([past, query], 1), s.time)
+    z = (x[:, 2 * L:] @ self.items.weight.T).float()                          # (B,Q,V)
+    z[:, :, 0] = -torch.inf
+    if self.repeat:
+        memory = self.memory(x, s)
+        z = torch.stack([self.repeat.score(x[:, 2 * L + q], z[:, q], memory, None, query[:, q]) for q in range(query.shape[1])], 1)
+    if self.given: return z[:, 0]
+    will_do = (x[:, 2 * L - 1] @ self.behaviors.weight[1:].T).float().log_softmax(1)
+    return (will_do[:, :, None] + z.log_softmax(2)).logsumexp(1)
 
-    def recommend(self, batch, k):
-        "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
-        return top_items(self.score(batch), k, batch.exclude)
+@patch
+def recommend(self: GEAR, batch, k):
+    "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
+    return top_items(self.score(batch), k, batch.exclude)

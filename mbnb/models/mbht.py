@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, TimeMix, cloze, right_padded, to_front
@@ -61,10 +62,11 @@ class Config:
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-8
 def similarity(u, kind):
-    "Metric vectors (B,T,D), 0 at pads -> (B,T,T). \"cosine\" normalizes a slot over its features; \"published\" a feature over the slots, so that values may pass 1."
+    "Metric vectors (B,T,D), 0 at pads -> (B,T,T). \"cosine\" normalizes a slot over its features; \"published\" a feature over the slots."
     u = F.normalize(u, dim=1 if kind == "published" else 2)
     return u @ u.transpose(1, 2)
 
+# %% ../../nbs/models/04_mbht.ipynb #cell-11
 def incidence(item, real, mask_id, s, k, repeat_edges=True):
     """Items (B,T), real (B,T) and similarities (B,T,T) -> (B,T,2T): row = slot, column f = the item that first stands in slot f, column T+f = its repeat edge.
     Slots reach their `k` most similar real slots; among the negatives, all worth .01, the larger goes first."""
@@ -82,12 +84,13 @@ def incidence(item, real, mask_id, s, k, repeat_edges=True):
     again = own & ((same.sum(2) > 1) & ~hidden & repeat_edges)[:, :, None]
     return torch.cat([joined, again.to(s.dtype)], 2)
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-12
+# %% ../../nbs/models/04_mbht.ipynb #cell-15
 def spread(H):
     "Incidence (B,T,E) -> G (B,T,T) = Dv^-1 H De^-1 H^T; an empty edge or slot has 0 in place of its inverse degree."
     over = lambda d: torch.where(d > 0, 1 / d.clamp(min=1e-9), 0.)
     return over(H.sum(2, keepdim=True)) * ((H * over(H.sum(1, keepdim=True))) @ H.transpose(1, 2))
 
+# %% ../../nbs/models/04_mbht.ipynb #cell-18
 class Hypergraph(nn.Module):
     "Item vectors (B,T,D), 0 at pads -> the order-free view (B,T,D). No behavior and no position enters."
     def __init__(self, config):
@@ -95,17 +98,19 @@ class Hypergraph(nn.Module):
         c = self.config = config
         self.gate, self.metric = nn.Linear(c.d_model, c.d_model), nn.Parameter(torch.empty(2, c.d_model))
         self.layers, self.drop = nn.ModuleList([nn.Linear(c.d_model, c.d_model) for _ in range(2)]), Dropout(c.hyper_dropout)
+
     def edges(self, g, item, real):
         "Gated item vectors (B,T,D) -> incidence (B,T,2T)."
         c = self.config
         return incidence(item, real, c.n_items + 1, similarity(g * self.metric.mean(0), c.sim), c.hyper_len, c.repeat_edges)
+
     def forward(self, e, item, real):
         g = e * torch.sigmoid(self.gate(e))
         G = spread(self.edges(g, item, real))
         y1 = self.drop(G @ self.layers[0](g))
         return (y1 + self.drop(G @ self.layers[1](y1))) / 2
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-15
+# %% ../../nbs/models/04_mbht.ipynb #cell-24
 def readout(y, real, masked, holes, window, kind):
     """The order-free view y (B,T,D) with `holes` (B,T) filled by the mean over up to `window[0]` slots before and `window[1] - 1` after, the newest slot left out;
     a hole without such a neighbor keeps its own. \"published\": older holes are filled first, the first slot stays; \"clean\": only unmasked slots are read."""
@@ -124,7 +129,7 @@ def newest(real):
     "bool (B,T) -> bool (B,T), True at the last real slot of each row."
     return real & (real.flip(1).cumsum(1).flip(1) == 1)
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-18
+# %% ../../nbs/models/04_mbht.ipynb #cell-27
 def pool(x, keep, n_slots, s, kind):
     "Slots (B,T,D), of at most `n_slots`, and those that count (B,T) -> means (B,S,D), newest last, S <= n_slots/s rounded up, and which of them are of any slot (B,S)."
     B, T, D = x.shape
@@ -135,6 +140,7 @@ def pool(x, keep, n_slots, s, kind):
     n = F.pad(keep.to(x.dtype), (front, 0)).view(B, -1, width).sum(axis)
     return x / n.clamp(min=1)[..., None], n > 0
 
+# %% ../../nbs/models/04_mbht.ipynb #cell-30
 def attend(q, k, v, n_heads, drop, keep=None):
     "q (B,T,D), k and v (B,S,D), optionally which keys count (B,S) -> (B,T,D)."
     q, k, v = (x.unflatten(2, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))         # (B,H,.,d)
@@ -142,7 +148,7 @@ def attend(q, k, v, n_heads, drop, keep=None):
     if keep is not None: z = z.masked_fill(~keep[:, None, None], -torch.inf)
     return (drop(z.softmax(3)) @ v).transpose(1, 2).flatten(2)
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-21
+# %% ../../nbs/models/04_mbht.ipynb #cell-33
 class LowRank(nn.Module):
     "Attention to `rank` mixtures of the slots, weighted by age: (B,T,D) -> (B,T,D)."
     def __init__(self, d_model, n_heads, n_slots, rank, dropout):
@@ -155,6 +161,7 @@ class LowRank(nn.Module):
         k, v = (self.mix[i, :, -x.shape[1]:] @ (z * real[..., None]) + self.bias[i][:, None] for i, z in enumerate((k, v)))    # (B,r,D)
         return self.norm(self.drop(self.out(attend(q, k, v, self.n_heads, self.drop))) + x)
 
+# %% ../../nbs/models/04_mbht.ipynb #cell-36
 class Pooled(nn.Module):
     "Attention among pooled slots: (B,S,D) -> (B,S,D)."
     def __init__(self, d_model, n_heads, dropout):
@@ -164,7 +171,7 @@ class Pooled(nn.Module):
     def forward(self, x, keep):
         return self.norm(self.drop(self.out(attend(*self.qkv(x).chunk(3, 2), self.n_heads, self.drop, keep))) + x) * keep[..., None]
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-22
+# %% ../../nbs/models/04_mbht.ipynb #cell-39
 class Block(nn.Module):
     "Slots at several scales, mixed along time, then a position-wise network: (B,T,D) -> (B,T,D). `keep` (B,T): slots that take part."
     def __init__(self, c):
@@ -180,9 +187,16 @@ class Block(nn.Module):
         x = self.mix([fine, *coarse], x.shape[1])
         return self.norm(x + self.drop(self.down(F.gelu(self.up(x)))))
 
-# %% ../../nbs/models/04_mbht.ipynb #cell-25
+# %% ../../nbs/models/04_mbht.ipynb #cell-43
 CHOICES = {"pool": ("strided", "window"), "sim": ("published", "cosine"), "readout": ("published", "clean"), "form": ("published", "general")}
 
+def _check(c):
+    "ValueError naming the field that does not fit."
+    for name, valid in CHOICES.items():
+        if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {valid}")
+    if c.d_model % c.n_heads: raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
+
+# %% ../../nbs/models/04_mbht.ipynb #cell-46
 class MBHT(nn.Module):
     "Multi-behavior hypergraph-enhanced transformer (Yang et al., KDD 2022)."
     Config = Config
@@ -196,31 +210,24 @@ class MBHT(nn.Module):
         "retail": {"loss": "ce", "fit": {"batch_size": 64, "eval_batch_size": 128}, "stages": [{"epochs": 30, "patience": 3, "lr": 1e-3}]},
         "small": {"loss": "ce", "fit": {"batch_size": 64}, "stages": [{"epochs": 20, "patience": 3, "lr": 1e-3}]},
     }
+    given = False           # may the repeat head know which behavior is asked for? see `prepare`
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        for name, valid in CHOICES.items():
-            if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {valid}")
-        if c.d_model % c.n_heads: raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
+        _check(c); losses_of(self.losses, c.head)       # an unknown head is an error, too
         self.items = nn.Embedding(c.n_items + 2, c.d_model, padding_idx=0)              # the last row is MASK
         self.behaviors, self.position = nn.Parameter(torch.empty(c.n_behaviors, c.d_model)), nn.Parameter(torch.empty(c.max_len + 1, c.d_model))
         self.norm, self.drop = nn.LayerNorm(c.d_model, 1e-12), Dropout(c.dropout)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layers)])
         self.hyper = Hypergraph(c) if c.hypergraph else None
         if c.hypergraph: self.fuse, self.query = nn.Linear(c.d_model, c.d_model, bias=False), nn.Parameter(torch.empty(1, c.d_model))
-        losses_of(self.losses, c.head)                  # an unknown head is an error
         self.reset()
         if c.head == "repeat":                          # after the reset: the head has a start of its own
             self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), (*self.inputs, "time_seq")
 
-    given = False           # may the repeat head know which behavior is asked for?
-    def prepare(self, sequences, items=None):
-        "Where a data set asks for certain behaviors, that is part of the question."
-        self.given = bool(sequences.target_behaviors)
-
     def reset(self):
-        "Normal weights of `init_std`, zero biases, and a pad row of zeros."
+        "Normal weights of `init_std`, zero biases (but those of the hypergraph's layers), and a pad row of zeros."
         for p in self.parameters():
             if p.dim() > 1: nn.init.normal_(p, std=self.config.init_std)
         for m in self.modules():
@@ -231,53 +238,72 @@ class MBHT(nn.Module):
         if self.hyper:
             for layer in self.hyper.layers: nn.init.normal_(layer.bias, std=self.config.init_std)
 
-    def slots(self, batch, p=0.):
-        "Batch -> Cloze in the layout of `form`; `p` > 0 hides part of the history."
-        c = self.config
-        made = cloze(batch, c.max_len, c.n_items + 1, p, c.max_masked)
-        return right_padded(made, c.max_len + 1) if c.form == "published" else made
+# %% ../../nbs/models/04_mbht.ipynb #cell-49
+@patch
+def slots(self: MBHT, batch, p=0.):
+    "Batch -> Cloze in the layout of `form`; `p` > 0 hides part of the history."
+    c = self.config
+    made = cloze(batch, c.max_len, c.n_items + 1, p, c.max_masked)
+    return right_padded(made, c.max_len + 1) if c.form == "published" else made
 
-    def encode(self, slots, e):
-        "Item vectors (B,T,D) of a Cloze -> the transformer's view (B,T,D)."
-        keep = torch.ones_like(slots.real) if self.config.form == "published" else slots.real
-        b = F.embedding(slots.behavior, F.pad(self.behaviors, (0, 0, 1, 0)))             # 0 at pads and holes
-        x = self.drop(self.norm(e + b + self.position[-e.shape[1]:]))
-        for block in self.blocks: x = block(x, slots.real, keep)
-        return x
+# %% ../../nbs/models/04_mbht.ipynb #cell-52
+@patch
+def encode(self: MBHT, slots, e):
+    "Item vectors (B,T,D) of a Cloze -> the transformer's view (B,T,D)."
+    keep = torch.ones_like(slots.real) if self.config.form == "published" else slots.real
+    b = F.embedding(slots.behavior, F.pad(self.behaviors, (0, 0, 1, 0)))             # 0 at pads and holes
+    x = self.drop(self.norm(e + b + self.position[-e.shape[1]:]))
+    for block in self.blocks: x = block(x, slots.real, keep)
+    return x
 
-    def states(self, slots, at):
-        "The fused states (N,D) at the N holes `at` (B,T) of a Cloze."
-        e = self.items(slots.item) * slots.real[..., None]
-        x = self.encode(slots, e)[at]
-        if not self.hyper: return x
-        y = self.hyper(e, slots.item, slots.real)
-        y = readout(y, slots.real, slots.masked, at, self.config.mask_window, self.config.readout)[at]
-        both = torch.stack([x, y])                                                        # (2,N,D)
-        return ((self.fuse(both) @ self.query[0]).softmax(0)[..., None] * both).sum(0)
+# %% ../../nbs/models/04_mbht.ipynb #cell-55
+@patch
+def states(self: MBHT, slots, at):
+    "The fused states (N,D) at the N holes `at` (B,T) of a Cloze."
+    e = self.items(slots.item) * slots.real[..., None]
+    x = self.encode(slots, e)[at]
+    if not self.hyper: return x
+    y = self.hyper(e, slots.item, slots.real)
+    y = readout(y, slots.real, slots.masked, at, self.config.mask_window, self.config.readout)[at]
+    both = torch.stack([x, y])                                                        # (2,N,D)
+    return ((self.fuse(both) @ self.query[0]).softmax(0)[..., None] * both).sum(0)
 
-    def memory(self, batch, slots):
-        "What the repeat head keeps of the slots that are no holes."
-        c, time = self.config, F.pad(batch.time_seq[:, -self.config.max_len:], (0, 1))
-        if c.form == "published": time = to_front(time, F.pad(batch.item_seq[:, -c.max_len:] > 0, (0, 1), value=True), c.max_len + 1)
-        known = slots.real & ~slots.masked
-        return self.repeat.prepare(History(slots.item, slots.behavior, time, known), self.items(slots.item) * known[..., None])
+# %% ../../nbs/models/04_mbht.ipynb #cell-58
+@patch
+def prepare(self: MBHT, sequences, items=None):
+    "Where a data set asks for certain behaviors, that is part of the question."
+    self.given = bool(sequences.target_behaviors)
 
-    def forward(self, batch):
-        "Batch -> Prediction over the hidden items, the target's among them."
-        slots = self.slots(batch, self.config.mask_prob or 1e-9)
-        at, copy = slots.label > 0, None
-        h, y = self.states(slots, at), slots.label[at]
-        if self.config.head == "repeat": copy = self.repeat(h, *at.nonzero(as_tuple=True), self.memory(batch, slots), slots.done[at] * self.given, targets=y)
-        return Prediction(h, y, self.items.weight[:-1], copy=copy)
+@patch
+def memory(self: MBHT, batch, slots):
+    "What the repeat head keeps of the slots that are no holes."
+    c, time = self.config, F.pad(batch.time_seq[:, -self.config.max_len:], (0, 1))
+    if c.form == "published": time = to_front(time, F.pad(batch.item_seq[:, -c.max_len:] > 0, (0, 1), value=True), c.max_len + 1)
+    known = slots.real & ~slots.masked
+    return self.repeat.prepare(History(slots.item, slots.behavior, time, known), self.items(slots.item) * known[..., None])
 
-    def score(self, batch):
-        "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
-        slots = self.slots(batch)
-        h = self.states(slots, newest(slots.real))
-        z = (h @ self.items.weight[:-1].T).float()
-        z[:, 0] = -torch.inf
-        return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch, slots), None, batch.target_behavior * self.given)
+# %% ../../nbs/models/04_mbht.ipynb #cell-61
+@patch
+def forward(self: MBHT, batch):
+    "Batch -> Prediction over the hidden items, the target's among them."
+    slots = self.slots(batch, self.config.mask_prob or 1e-9)
+    at, copy = slots.label > 0, None
+    h, y = self.states(slots, at), slots.label[at]
+    if self.config.head == "repeat":
+        copy = self.repeat(h, *at.nonzero(as_tuple=True), self.memory(batch, slots), slots.done[at] * self.given, targets=y)
+    return Prediction(h, y, self.items.weight[:-1], copy=copy)
 
-    def recommend(self, batch, k):
-        "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
-        return top_items(self.score(batch), k, batch.exclude)
+# %% ../../nbs/models/04_mbht.ipynb #cell-64
+@patch
+def score(self: MBHT, batch):
+    "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
+    slots = self.slots(batch)
+    h = self.states(slots, newest(slots.real))
+    z = (h @ self.items.weight[:-1].T).float()
+    z[:, 0] = -torch.inf
+    return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch, slots), None, batch.target_behavior * self.given)
+
+@patch
+def recommend(self: MBHT, batch, k):
+    "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
+    return top_items(self.score(batch), k, batch.exclude)
