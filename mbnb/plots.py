@@ -468,26 +468,32 @@ STYLE = ".mbnb{" + _LIGHT + "}@media(prefers-color-scheme:dark){.mbnb{" + _DARK 
 .mbnb{color:var(--fg);font:14px/1.55 system-ui,-apple-system,"Segoe UI","Noto Sans","Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif;max-width:1040px;overflow-wrap:anywhere}
 .mbnb .scroll{overflow-x:auto;margin:.6em 0}.mbnb table{border-collapse:collapse;margin:0;font-size:13px;color:inherit;font-variant-numeric:tabular-nums}
 .mbnb caption{caption-side:top;text-align:left;color:var(--soft);padding:2px 0 4px}.mbnb th,.mbnb td{border:0;border-bottom:1px solid var(--line);padding:3px 12px 3px 0;text-align:left;vertical-align:top;background:none;overflow-wrap:break-word}
-.mbnb th{color:var(--soft);font-weight:600;white-space:nowrap}.mbnb .n{text-align:right;white-space:nowrap;padding:3px 12px}.mbnb tr.own td{font-weight:700}.mbnb .bar{color:var(--model)}
+.mbnb th{color:var(--soft);font-weight:600;word-break:keep-all}.mbnb .n{text-align:right;padding:3px 12px}.mbnb td.n{white-space:nowrap}.mbnb tr.own td{font-weight:700}.mbnb .bar{color:var(--model)}
 .mbnb .strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px;margin:.8em 0}.mbnb .strip div{background:var(--card);border-radius:6px;padding:6px 10px}.mbnb .strip b{display:block;font-weight:400;font-size:12px;color:var(--soft)}
 .mbnb .chip{border:1px solid currentColor;border-radius:10px;padding:1px 9px;font-weight:600;white-space:nowrap}.mbnb .soft,.mbnb .empty{color:var(--soft)}
 .mbnb .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:12px}.mbnb figure{margin:0;min-width:0}.mbnb svg text.h{font-weight:600}
 """ + "".join(f".mbnb .k-{k}{{stroke:var(--{v})}}.mbnb .f-{k}{{fill:var(--{v})}}" for k, v in {"raw": "raw", "init": "raw", "model": "model", "bad": "best", "r0": "r0", "r1": "r1", "r2": "r2", "r3": "r3"}.items()) + """
-.mbnb .k-raw{stroke-opacity:.55}.mbnb .k-best{fill:var(--best);stroke:none}.mbnb .k-band{fill:var(--model);stroke:none}"""
+.mbnb .scroll{container-type:inline-size}.mbnb tr.quiet td{font-style:italic}.mbnb .below{font-size:12px;color:var(--soft)}.mbnb .below span{white-space:nowrap}.mbnb .below span+span::before{content:"· "}.mbnb .cap{font-weight:600}.mbnb summary{cursor:pointer}
+.mbnb .warn{border-left:3px solid var(--best);padding:2px 8px;margin:4px 0}.mbnb .box{border:1px solid var(--line);border-radius:6px;padding:8px 12px;max-width:860px}.mbnb h1{font-size:20px}.mbnb h2{font-size:16px}
+@container(max-width:980px){.mbnb .aside{display:none}.mbnb .below{display:block}.mbnb td,.mbnb th,.mbnb .n{padding:3px 8px 3px 0}}.mbnb .k-raw{stroke-opacity:.55}.mbnb tr{background:none}.mbnb .k-best{fill:var(--best);stroke:none}.mbnb .k-band{fill:var(--model);stroke:none}"""
+STYLE = STYLE.replace(".mbnb ", ".mbnb.mbnb.mbnb ")      # stronger than what JupyterLab says about tables
 
 # %% ../nbs/22_plots.ipynb #cell-52
 _NUMERIC = re.compile(r"[+\-−–±]?[\d.,]*(e-?\d+)?( ?%)?|NaN|−?∞|[\d.,]+ – [\d.,]+")
 
-def html_table(columns, rows, caption="", own=(), optional=()):
-    "Table of texts and numbers as HTML, everything escaped; rows whose number is in `own` are the model's and stand out; a column named in `optional` is left out where it is empty."
+def html_table(columns, rows, caption="", own=(), optional=(), quiet=(), under=()):
+    """Table of texts and numbers as HTML, everything escaped; rows whose number is in `own` are the model's and stand out, those in `quiet` are in italics; a column named in `optional` is
+    left out where it is empty. The columns of `under` {name: always} stand below the first cell where the page is narrow, or always."""
     cells = [[number(c) for c in row] for row in rows]
-    full = [k for k, c in enumerate(columns) if c not in optional or any(row[k] for row in cells)]
-    columns, cells = [columns[k] for k in full], [[row[k] for k in full] for row in cells]
-    right = [all(_NUMERIC.fullmatch(row[k]) for row in cells) and any(row[k] for row in cells) for k in range(len(columns))]
-    kind = lambda k, text: " class=n" if right[k] else " class=bar" if text and set(text) == {"█"} else ""
-    cell = lambda tag, k, text: f'<{tag}{kind(k, text)}>{escape(text)}</{tag}>'
-    head = "".join(cell("th", k, c) for k, c in enumerate(columns))
-    body = "".join(f'<tr{" class=own" if i in own else ""}>' + "".join(cell("td", k, c) for k, c in enumerate(row)) + "</tr>" for i, row in enumerate(cells))
+    full = [k for k, c in enumerate(columns) if (c not in optional or any(row[k] for row in cells)) and not (c in under and under[c])]
+    right = {k: all(_NUMERIC.fullmatch(row[k]) for row in cells) and any(row[k] for row in cells) for k in full}
+    kind = lambda k, text: " ".join(["n"] * right[k] + ["bar"] * bool(text and set(text) == {"█"}) + ["aside"] * (columns[k] in under))
+    def cell(tag, k, text, more=""): return f"<{tag}{f' class={chr(34)}{kind(k, text)}{chr(34)}' if kind(k, text) else ''}>{escape(text)}{more}</{tag}>"
+    def below(row, always): return "".join(f" <span>{escape(c)} {escape(row[k])}</span>" for k, c in enumerate(columns) if c in under and under[c] == always and row[k])
+    def lines(row): return "".join(f'<div class="below"{hide}>{x}</div>' for hide, x in (("", below(row, True)), (" hidden", below(row, False))) if x)
+    look = lambda i: " class=own" if i in own else " class=quiet" if i in quiet else ""
+    head = "".join(cell("th", k, columns[k]) for k in full)
+    body = "".join(f"<tr{look(i)}>" + "".join(cell("td", k, row[k], lines(row) if k == full[0] else "") for k in full) + "</tr>" for i, row in enumerate(cells))
     return f'<div class="scroll"><table>{f"<caption>{escape(caption)}</caption>" if caption else ""}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def html_facts(facts):
