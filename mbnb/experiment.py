@@ -30,7 +30,7 @@ import torch
 from . import datasets
 from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
-from .fit import FitConfig, FitState, Stage, fit, seed_everything
+from .fit import FitConfig, FitState, Stage, fit, seed_everything, start_fabric
 from .repeat import losses_of
 from .runs import LIVE, RunError, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, refuse_differences, restore_rng, rng_state
 from .sequences import collate, top_items
@@ -387,6 +387,7 @@ def start_from(model, model_config, path):
 
 def prepare(config, bad_rows_to):
     "-> Parts; the plan is that of the split that chooses the epoch, `plans` are those of the test cases."
+    start_fabric(config.fit)                    # refuses what this machine cannot do before anything is written
     options = dict(config.data)
     if options.get("on_bad_rows") == "quarantine": options["bad_rows_to"] = bad_rows_to
     sequences, split = datasets.load(config.parameters["dataset"], **options), config.eval.select_on

@@ -65,8 +65,10 @@ def start_shows_the_first_points_and_the_command(lab, tab):
     begun = time.monotonic()
     wait_state(tab, "running")
     running = time.monotonic()
+    tab.wait_for_selector('.mbnb-chart[data-chart="loss"] canvas', timeout=20_000)
+    first = time.monotonic()
     tab.wait_for_function(ROWS.format(3), timeout=60_000)
-    print(f"running after {running - begun:.1f} s, two epochs after {time.monotonic() - begun:.1f} s")
+    print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs after {time.monotonic() - begun:.1f} s")
     assert tab.locator(".mbnb-chart canvas").count() == 4
     tab_reaches_every_control_in_order(lab, tab)
     tab.evaluate(f"{CONTROLS}.find(n => n.textContent === 'Stop').focus()")
