@@ -53,6 +53,10 @@ class Lab:
             except OSError: time.sleep(.2)
         pytest.fail((folder / "lab.log").read_text()[-2000:])
 
+    def page(self, file, of, *lines):
+        "A copy of an entry page with lines of its own."
+        (self.folder / file).write_text(page_with(of, lines))
+
     def setting(self, name, values):
         "What a person would set in Lab's own settings."
         file = self.folder / ".jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / f"{name}.jupyterlab-settings"

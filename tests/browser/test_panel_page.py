@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from mbnb.experiment import configure, run_experiment
 from mbnb.runs import load_run
 
 pytestmark = pytest.mark.browser
@@ -68,7 +69,7 @@ def start_shows_the_first_points_and_the_command(lab, tab):
     tab.wait_for_selector('.mbnb-chart[data-chart="loss"] canvas', timeout=20_000)
     first = time.monotonic()
     tab.wait_for_function(ROWS.format(3), timeout=60_000)
-    print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs after {time.monotonic() - begun:.1f} s")
+    print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs {time.monotonic() - first:.1f} s later")
     assert tab.locator(".mbnb-chart canvas").count() == 4
     tab_reaches_every_control_in_order(lab, tab)
     tab.evaluate(f"{CONTROLS}.find(n => n.textContent === 'Stop').focus()")
@@ -209,3 +210,34 @@ def tell(lab, tab):
     run = only_run(lab)
     print((run / "status.json").read_text(), len(records(run, "step")), "steps", len(records(run, "epoch")), "epochs")
     print(tab.locator(".mbnb").all_inner_texts(), (run / "papermill.log").read_text()[-1000:])
+
+
+BAD = "<img src=x onerror=document.title='taken'>"
+
+
+def hostile_runs(folder):
+    "Two finished runs whose data set, items and reasons hold a script."
+    for seed in (0, 1):
+        small = {"dataset": "toyshop-tiny", "epochs": 1, "set": "model.d_model=16 eval.bootstrap=50"}
+        run_experiment(configure(**small, seed=seed, runs_dir=str(folder), run_name=f"bad{seed}"), say=lambda text: None)
+        data = ('"toyshop-tiny"', f'"{BAD}"')
+        places = {"metrics.jsonl": ('[["i', f'[["{BAD}i'), "config.json": data, "result.json": data, "status.json": ("epochs done", BAD)}
+        for name, (find, put) in places.items():
+            file = folder / f"bad{seed}" / name
+            assert find in file.read_text(), f"nothing to replace in {name}"
+            file.write_text(file.read_text().replace(find, put))
+
+
+def test_titles_with_a_script_are_text(lab):
+    hostile_runs(lab.folder / "bad")
+    live = ("panel", 'run, runs_dir = "bad0", "bad"', ".mbnb-chart canvas")
+    for page, line, shown in (live, ("compare", 'runs_dir = "bad"', ".jp-OutputArea-output table")):
+        lab.page(f"bad-{page}.ipynb", f"{page}.ipynb", line)
+        tab = lab.open(f"bad-{page}.ipynb")
+        lab.run_all(tab)
+        tab.wait_for_selector(shown, timeout=60_000)
+        if page == "panel": tab.get_by_role("tab", name="Cases").click()
+        text = tab.locator(".jp-OutputArea").all_inner_texts()
+        assert any(BAD in t for t in text), "the name is shown as it is"
+        assert not tab.locator("img[src=x]").count() and tab.title() != "taken"
+        tab.close()
