@@ -69,7 +69,8 @@ def start_shows_the_first_points_and_the_command(lab, tab):
     tab.wait_for_selector('.mbnb-chart[data-chart="loss"] canvas', timeout=20_000)
     first = time.monotonic()
     tab.wait_for_function(ROWS.format(3), timeout=60_000)
-    print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs {time.monotonic() - first:.1f} s later")
+    epochs = time.monotonic()
+    print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs {epochs - first:.1f} s later")
     assert tab.locator(".mbnb-chart canvas").count() == 4
     tab_reaches_every_control_in_order(lab, tab)
     tab.evaluate(f"{CONTROLS}.find(n => n.textContent === 'Stop').focus()")
