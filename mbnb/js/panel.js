@@ -16,12 +16,21 @@ function el(tag, props = {}, ...children) {
   return node;
 }
 const nameOf = node => node.dataset.name || node.getAttribute("aria-label") || node.textContent;
-function fill(node, ...children) {       // what is the same stays: a press that is under way and the focus of the keyboard outlive the update
+function fill(node, ...children) {       // what is the same stays, and so does the control that has the focus: a press or a word that is half done outlives the update
   if (node.childNodes.length === children.length && children.every((c, i) => c.isEqualNode(node.childNodes[i]))) return node;
-  const focus = node.contains(document.activeElement) ? nameOf(document.activeElement) : null;
-  node.replaceChildren(...children);
-  if (focus !== null) [...node.querySelectorAll("button, select, input")].find(n => nameOf(n) === focus)?.focus();
+  const active = document.activeElement;
+  if (active !== node && node.contains(active)) fillAround(active, node, children); else node.replaceChildren(...children);
   return node;
+}
+function fillAround(active, node, children) {
+  const same = n => n.tagName === active.tagName && nameOf(n) === nameOf(active);
+  const own = [...node.childNodes].find(c => c.contains(active));
+  const at = children.findIndex(c => c.nodeType === 1 && (same(c) || [...c.querySelectorAll(active.tagName)].some(same)));
+  if (at < 0) { node.replaceChildren(...children); return; }                // the control is gone
+  for (const c of [...node.childNodes]) if (c !== own) c.remove();
+  own.before(...children.slice(0, at)); own.after(...children.slice(at + 1));
+  if (own !== active) { own.className = children[at].className; fillAround(active, own, [...children[at].childNodes]); }
+  else if (own.tagName === "BUTTON") { own.disabled = children[at].disabled; for (const { name, value } of children[at].attributes) own.setAttribute(name, value); }
 }
 const isDark = node => {
   const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g);

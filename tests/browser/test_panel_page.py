@@ -55,10 +55,24 @@ def tab_reaches_every_control_in_order(lab, tab):
     wanted = tab.evaluate(f"{CONTROLS}.map({NAME})")
     tab.evaluate(f"{CONTROLS}[0].focus()")
     reached = []
-    for _ in wanted:
-        reached.append(tab.evaluate(f"{NAME}(document.activeElement)"))
+    for _ in range(2 * len(wanted)):
+        if tab.evaluate("document.activeElement.matches('button, select, input')"):         # a list that scrolls can be reached as well
+            reached.append(tab.evaluate(f"{NAME}(document.activeElement)"))
         tab.keyboard.press("Tab")
-    assert reached == wanted and all(wanted) and len(wanted) > 10
+    assert reached[:len(wanted)] == wanted and all(wanted) and len(wanted) > 10
+
+
+def a_word_half_typed_outlives_an_update(lab, tab):
+    control = tab.locator('[data-name="model.d_model"]')
+    tab.locator('[data-name="dataset"]').select_option("toyshop-tiny")      # its answer comes while the other field is typed into
+    control.focus()
+    control.select_text()
+    tab.keyboard.type("1")
+    wait_command(tab, "dataset toyshop-tiny")
+    tab.keyboard.type("6")
+    tab.keyboard.press("Tab")
+    wait_command(tab, "model.d_model=16")
+    assert control.input_value() == "16" and tab.locator(".mbnb-command").inner_text().split("d_model=")[1].split("'")[0] == "16"
 
 
 def start_shows_the_first_points_and_the_command(lab, tab):
@@ -71,7 +85,7 @@ def start_shows_the_first_points_and_the_command(lab, tab):
     tab.wait_for_function(ROWS.format(3), timeout=60_000)
     epochs = time.monotonic()
     print(f"running after {running - begun:.1f} s, first point {first - running:.1f} s later, two epochs {epochs - first:.1f} s later")
-    assert tab.locator(".mbnb-chart canvas").count() == 4
+    tab.wait_for_function("() => document.querySelectorAll('.mbnb-chart canvas').length === 4", timeout=20_000)
     tab_reaches_every_control_in_order(lab, tab)
     tab.evaluate(f"{CONTROLS}.find(n => n.textContent === 'Stop').focus()")
     tab.wait_for_timeout(1500)
@@ -180,6 +194,7 @@ def the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
 
 STEPS = [
     tab_reaches_every_control_in_order,
+    a_word_half_typed_outlives_an_update,
     start_shows_the_first_points_and_the_command,
     pause_lr_and_resume_are_obeyed,
     reload_and_a_new_kernel_lose_nothing,
