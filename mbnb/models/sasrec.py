@@ -9,6 +9,7 @@ __all__ = ['Config', 'SASRec']
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, TransformerBlock, causal_mask
@@ -76,38 +77,46 @@ class SASRec(nn.Module):
             if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
         with torch.no_grad(): self.items.weight[0] = 0
 
-    def memory(self, batch):
-        "What the repeat head keeps of the histories."
-        history = History.of(batch, self.config.max_len)
-        return self.repeat.prepare(history, self.items(history.item))
+# %% ../../nbs/models/01_sasrec.ipynb #cell-10
+@patch
+def states(self: SASRec, item_seq):
+    "int64 (B,L) -> (B,L,D); the newest `max_len` columns are read."
+    item_seq = item_seq[:, -self.config.max_len:]
+    x = self.items(item_seq) * self.scale + self.position[-item_seq.shape[1]:]
+    x = self.drop(self.embed_norm(x))
+    mask = causal_mask(item_seq != 0)
+    for block in self.blocks: x = block(x, mask)
+    return self.final_norm(x)
 
-    def states(self, item_seq):
-        "int64 (B,L) -> (B,L,D); the newest `max_len` columns are read."
-        item_seq = item_seq[:, -self.config.max_len:]
-        x = self.items(item_seq) * self.scale + self.position[-item_seq.shape[1]:]
-        x = self.drop(self.embed_norm(x))
-        mask = causal_mask(item_seq != 0)
-        for block in self.blocks: x = block(x, mask)
-        return self.final_norm(x)
+# %% ../../nbs/models/01_sasrec.ipynb #cell-14
+@patch
+def memory(self: SASRec, batch):
+    "What the repeat head keeps of the histories."
+    history = History.of(batch, self.config.max_len)
+    return self.repeat.prepare(history, self.items(history.item))
 
-    def forward(self, batch):
-        "Batch -> Prediction over the positions trained on."
-        h, y = self.states(batch.item_seq), next_items(batch)[:, -self.config.max_len:]
-        keep = y != 0
-        if self.config.positions == "last": keep[:, :-1] = False
-        h, y, copy = h[keep], y[keep], None
-        if self.config.head == "repeat":
-            row, column = keep.nonzero(as_tuple=True)
-            copy = self.repeat(h, row, column + 1, self.memory(batch), targets=y)
-        return Prediction(h, y, self.items.weight, copy=copy)
+@patch
+def forward(self: SASRec, batch):
+    "Batch -> Prediction over the positions trained on."
+    h, y = self.states(batch.item_seq), next_items(batch)[:, -self.config.max_len:]
+    keep = y != 0
+    if self.config.positions == "last": keep[:, :-1] = False
+    h, y, copy = h[keep], y[keep], None
+    if self.config.head == "repeat":
+        row, column = keep.nonzero(as_tuple=True)
+        copy = self.repeat(h, row, column + 1, self.memory(batch), targets=y)
+    return Prediction(h, y, self.items.weight, copy=copy)
 
-    def score(self, batch):
-        "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
-        h = self.states(batch.item_seq)[:, -1]
-        z = (h @ self.items.weight.T).float()
-        z[:, 0] = -torch.inf
-        return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch))
+# %% ../../nbs/models/01_sasrec.ipynb #cell-17
+@patch
+def score(self: SASRec, batch):
+    "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
+    h = self.states(batch.item_seq)[:, -1]
+    z = (h @ self.items.weight.T).float()
+    z[:, 0] = -torch.inf
+    return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch))
 
-    def recommend(self, batch, k):
-        "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
-        return top_items(self.score(batch), k, batch.exclude)
+@patch
+def recommend(self: SASRec, batch, k):
+    "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
+    return top_items(self.score(batch), k, batch.exclude)
