@@ -220,7 +220,7 @@ FLOORS = {"events": 0, "toyshop": 0, "layers": 0, "repeat": 0, "sequences": 1, "
           "doctor": 3, "checks": 3, "lint": 3, "zoo": 4, "experiment": 4, "plots": 5, "report": 5, "panel": 5, "writers": 5, "compare": 5, "compare_figures": 5, "compare_panel": 5, "sweep": 5, "cli": 6}
 BESIDE = {("toyshop", "events"), ("datasets", "sequences"), ("datasets", "items"), ("items", "sequences"), ("evaluators", "evaluators"), ("doctor", "doctor"), ("checks", "fit"),
           ("experiment", "zoo"), ("layers", "layers"), ("report", "plots"), ("panel", "plots"), ("writers", "plots"), ("compare", "plots"), ("compare", "writers"), ("compare_figures", "plots"), ("compare_figures", "writers"), ("compare_figures", "compare"),
-          ("compare_panel", "writers"), ("compare_panel", "compare"), ("compare_panel", "compare_figures"), ("sweep", "plots"), ("doctor", "runs"), ("pack", "runs"), ("lint", "doctor"), ("doctor", "checks")}
+          ("compare_panel", "writers"), ("compare_panel", "compare"), ("compare_panel", "compare_figures"), ("sweep", "plots"), ("doctor", "runs"), ("pack", "runs"), ("lint", "doctor"), ("lint", "lint"), ("doctor", "checks"), ("doctor", "fit")}
 
 def imported(path, package):
     "Rooms that a module of the folder `package` imports anywhere in it: {room: line}."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'QUIET', 'ALLOWED', 'TOKEN', 'ORACLES', 'LEAST_CASES', 'MOST_PAIRS', 'CompareError', 'example_run',
-           'example_runs', 'Entry', 'read_cards', 'read_entry', 'read_runs', 'Sheet', 'finite', 'make_sheets',
-           'protocol_facts', 'differing_fields', 'same_sheet', 'settings_of', 'metrics_of', 'run_row', 'run_frame',
-           'varying', 'telling', 'short_names', 'column_of', 'parse_filter', 'filter_runs', 'lower_is_better',
-           'sort_runs', 'fold_runs', 'rule_values', 'standing', 'run_table', 'read_literature', 'literature_block',
-           'read_metric', 'ranks_of', 'case_values', 'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions',
-           'seed_lines', 'tests_table', 'verdict_block', 'pairs_table', 'slices_of', 'slice_frame', 'load_data',
-           'path_masks', 'data_masks', 'both_ranks', 'largest_changes', 'rank_table', 'user_card', 'reevaluate']
+           'example_runs', 'Entry', 'read_entry', 'read_runs', 'Sheet', 'finite', 'make_sheets', 'protocol_facts',
+           'differing_fields', 'same_sheet', 'settings_of', 'metrics_of', 'run_row', 'run_frame', 'varying', 'telling',
+           'short_names', 'column_of', 'parse_filter', 'filter_runs', 'lower_is_better', 'sort_runs', 'fold_runs',
+           'rule_values', 'standing', 'run_table', 'read_literature', 'literature_block', 'read_metric', 'ranks_of',
+           'case_values', 'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions', 'seed_lines', 'tests_table',
+           'verdict_block', 'pairs_table', 'slices_of', 'slice_frame', 'load_data', 'path_masks', 'data_masks',
+           'both_ranks', 'largest_changes', 'rank_table', 'user_card', 'reevaluate']
 
 # %% ../nbs/25_compare.ipynb #cell-3
 import copy
@@ -91,17 +91,11 @@ class Entry:
         n = {s: sum(c.get("severity") == s for c in self.cards) for s in "EW"}
         return ", ".join(f"{n[s]} {s}" for s in "EW" if n[s]) + (" (invalid)" if n["E"] else "") or "fine"
 
-def read_cards(path):
-    "The unmuted cards of a doctor.json, None where there is no file."
-    data = read_json(path) if path.exists() else None
-    cards = data.get("cards") if isinstance(data, dict) else data
-    return None if data is None else [c for c in cards or [] if isinstance(c, dict) and not c.get("muted")]
-
 def read_entry(run):
     "A run folder or a `Run` -> Entry; what is damaged makes its state 'unreadable' with the reason."
     run = run if isinstance(run, Run) else load_run(run)
     try:
-        entry = Entry(run, run.config, run.status, run.result, read_cards(run.path / "doctor.json"))
+        entry = Entry(run, run.config, run.status, run.result, None if run.cards is None else [c for c in run.cards if not c.get("muted")])
         tables = [entry.config] + ([entry.result[k] for k in ("test", "fingerprints", "baselines")] if entry.result is not None else [])
         if not all(isinstance(t, dict) for t in tables): raise RunError(f"{run.id}: config.json or a part of result.json is no table; evaluate the run again")
     except (RunError, AttributeError, KeyError, TypeError) as e: return Entry(run, status={"state": "unreadable", "reason": f"{type(e).__name__}: {e}" if not isinstance(e, RunError) else str(e)})

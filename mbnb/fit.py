@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISION', 'TRIM_EVERY', 'UNSEEN', 'FitError', 'FitConfig', 'Stage', 'lr_factor', 'turns', 'partition',
            'make_optimizer', 'objective', 'seed_everything', 'FitState', 'judge', 'stop_reason', 'start_fabric',
-           'train_step', 'release_memory', 'fit', 'unseen_items', 'draw_unseen', 'move_average']
+           'Diverged', 'gradient_norm', 'first_bad', 'backward', 'train_step', 'release_memory', 'fit',
+           'steps_per_epoch', 'unseen_items', 'draw_unseen', 'move_average']
 
 # %% ../nbs/10_fit.ipynb #cell-2
 import ctypes
@@ -155,6 +156,11 @@ class FitState:
     best_weights: dict | None = None
     average: dict | None = None     # running mean of the weights
 
+    def begin_epoch(self):
+        "Draw the epoch's shuffle and set its sums to zero."
+        self.order = int(torch.randint(2**62, (), generator=self.rng))
+        self.loss_sum, self.rows, self.begun = 0., 0, self.seconds
+
     def to_dict(self):
         "Plain values and the optimizer's state. The generators and the other weights are saved beside it."
         return {k: v for k, v in self.__dict__.items() if k not in ("rng", "best_weights", "average")}
@@ -188,11 +194,26 @@ def start_fabric(config):
     if config.precision == "16" and not torch.cuda.is_available(): raise FitError("precision='16' needs a GPU; on a CPU use 'bf16' or '32'")
     return Fabric(accelerator="auto", devices=1, precision=PRECISION[config.precision])
 
-# %% ../nbs/10_fit.ipynb #cell-25
-def train_step(fabric, model, optimizer, chunk, loss, weights, rng, clip=0.):
-    """One optimizer step over the batches of `chunk`; -> (mean of the objective, rows trained on, {term: value}, gradient norm or None).
-    With several batches the gradient is that of one big batch: each counts by its rows. A batch without labels counts nothing."""
-    optimizer.zero_grad()
+# %% ../nbs/10_fit.ipynb #cell-26
+class Diverged(FitError):
+    "`where` (the loss, a gradient) is `value`, which is not a number, on the training cases `cases`; the weights are those before the step."
+    def __init__(self, where, value, cases):
+        super().__init__(f"{where} is {value} on cases {cases[:8]}{' ...' if len(cases) > 8 else ''}; the weights are unchanged. Lower the learning rate, set fit.clip, or use precision 32")
+        self.where, self.value, self.cases = where, value, cases
+
+def gradient_norm(model):
+    "Norm of all gradients as one vector; inf or NaN where one of them is."
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.
+
+def first_bad(model):
+    "Name of the first parameter whose gradient is not finite, or ''."
+    return next((name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "")
+
+# %% ../nbs/10_fit.ipynb #cell-27
+def backward(fabric, model, chunk, loss, weights, rng):
+    """Gradients of the batches of `chunk`; -> (mean of the objective, rows, {term: value}). With several batches the gradient is that of one big batch: each
+    counts by its rows. A batch without labels counts nothing. Raises Diverged where the objective is not a number."""
     rows, value, parts = 0, 0., {}
     for batch in chunk:
         with fabric.autocast():
@@ -200,20 +221,26 @@ def train_step(fabric, model, optimizer, chunk, loss, weights, rng, clip=0.):
             total, terms = objective(prediction, loss, weights, rng)
         n = len(prediction.targets)
         if not n: continue
-        if not math.isfinite(total.item()): raise FitError(f"the loss is {total.item()} on cases {batch.case[:8].tolist()} ...; weights are unchanged. Lower the learning rate, set fit.clip, or use precision 32")
+        if not math.isfinite(total.item()): raise Diverged("the loss", total.item(), batch.case.tolist())
         fabric.backward(total if len(chunk) == 1 else total * n)
         rows += n; value += total.item() * n
         for k, v in terms.items(): parts[k] = parts.get(k, 0.) + float(v.detach()) * n
-    if not rows: return 0., 0, {}, None
-    if len(chunk) > 1:
+    if len(chunk) > 1 and rows:
         for p in model.parameters():
             if p.grad is not None: p.grad.div_(rows)
-    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)) if clip else None
-    if norm is not None and not math.isfinite(norm): raise FitError(f"the gradient norm is {norm}; weights are unchanged. Lower the learning rate or use precision 32")
-    optimizer.step()
-    return value / rows, rows, {k: v / rows for k, v in parts.items()}, norm
+    return value / max(1, rows), rows, {k: v / max(1, rows) for k, v in parts.items()}
 
-# %% ../nbs/10_fit.ipynb #cell-26
+def train_step(fabric, model, optimizer, chunk, loss, weights, rng, clip=0.):
+    "One optimizer step over the batches of `chunk`; -> (mean of the objective, rows trained on, {term: value}, gradient norm before clipping or None). Raises Diverged."
+    optimizer.zero_grad()
+    value, rows, terms = backward(fabric, model, chunk, loss, weights, rng)
+    if not rows: return 0., 0, {}, None
+    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)) if clip else gradient_norm(model)
+    if not math.isfinite(norm): raise Diverged(f"the gradient of {first_bad(model) or 'all weights'}", norm, [c for batch in chunk for c in batch.case.tolist()])
+    optimizer.step()
+    return value, rows, terms, norm
+
+# %% ../nbs/10_fit.ipynb #cell-30
 def release_memory():
     "Hand freed memory back to the system. glibc would keep it, and with batches of ever new sizes it would grow for hours; elsewhere nothing happens."
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -233,7 +260,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
     "One pass over the training cases; yields a record a step and counts into `state`."
     model.train()
     groups, named = len(turns(stage)), list(model.named_parameters())
-    if not state.taken: state.order, state.loss_sum, state.rows, state.begun = int(torch.randint(2**62, (), generator=state.rng)), 0., 0, state.seconds
+    if not state.taken: state.begin_epoch()
     shuffle = torch.Generator().manual_seed(state.order)
     source = batches(sequences, sequences.train, config.batch_size, max_len, rng=shuffle, tokens=config.tokens or None, skip=state.taken)
     start, cpu = time.perf_counter(), time.process_time()
@@ -248,11 +275,11 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
         seconds = time.perf_counter() - start
         state.seconds += seconds
         if state.epochs: state.cpu_seconds += time.process_time() - cpu; state.targets += rows
-        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
+        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "slots": sum(b.item_seq.numel() for b in chunk), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
                **({"terms": terms} if len(terms) > 1 else {}), **({} if norm is None else {"grad_norm": norm})}
         start, cpu = time.perf_counter(), time.process_time()
 
-# %% ../nbs/10_fit.ipynb #cell-27
+# %% ../nbs/10_fit.ipynb #cell-31
 def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None):
@@ -274,7 +301,7 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
         side = partition(model, stage)
         _, optimizer = fabric.setup(model, make_optimizer(model, stage, side))
         if state.optimizer: optimizer.load_state_dict(state.optimizer)
-        per_epoch = _steps_per_epoch(sequences, config, max_len)
+        per_epoch = steps_per_epoch(sequences, config, max_len)
         if state.best == -math.inf: yield _evaluated(model, settled, state, stage, config, optimizer, {}, number == len(stages) - 1)
         while not state.done and state.stage == number:
             if hasattr(model, "on_epoch"): model.on_epoch(stage, state.epoch + 1)
@@ -284,13 +311,13 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
             yield _evaluated(model, settled, state, stage, config, optimizer, {"loss": state.loss_sum / max(1, state.rows), "rows": state.rows, "train_seconds": state.seconds - state.begun}, number == len(stages) - 1)
     if state.best_weights: model.load_state_dict(state.best_weights)
 
-def _steps_per_epoch(sequences, config, max_len):
+def steps_per_epoch(sequences, config, max_len):
     "Optimizer steps of one epoch; with a limit of tokens, as one shuffle has them."
     if not config.tokens: return -(-len(sequences.train) // (config.batch_size * config.accumulate))
     rows = batch_rows(np.minimum(sequences.train.length, max_len), config.batch_size, config.tokens, torch.Generator().manual_seed(config.seed))
     return -(-len(rows) // config.accumulate)
 
-# %% ../nbs/10_fit.ipynb #cell-29
+# %% ../nbs/10_fit.ipynb #cell-33
 UNSEEN = ("trained", "drawn")
 
 def unseen_items(sequences):
@@ -319,14 +346,14 @@ def _unseen_of(model, sequences, config):
     found = unseen_items(sequences)
     return found if len(found) else None
 
-# %% ../nbs/10_fit.ipynb #cell-32
+# %% ../nbs/10_fit.ipynb #cell-36
 def move_average(state, weights, share):
     "The running mean after one more epoch: `share` of the old one, free of a bias towards its start."
     new = (1 - share) / (1 - share ** (state.epoch + 1))
     if state.average is None: state.average = weights
     else: state.average = {k: torch.lerp(state.average[k], w, new) if w.is_floating_point() else w for k, w in weights.items()}
 
-# %% ../nbs/10_fit.ipynb #cell-34
+# %% ../nbs/10_fit.ipynb #cell-38
 def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_stage):
     "Evaluate, judge, remember the best weights and move to the next stage when this one ends; the epoch's record."
     model.eval()

@@ -8,8 +8,8 @@ __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MAR
            'slice_table', 'config_table', 'result_text', 'runs_table', 'verdict_table', 'speak', 'decimate', 'ticks',
            'text_width', 'apart', 'number', 'short', 'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part',
            'stages_of', 'epoch_frame', 'best_row', 'monitor', 'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves',
-           'when', 'state_words', 'html_table', 'html_facts', 'fragment', 'run_facts', 'split_word', 'epoch_rows',
-           'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin']
+           'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts', 'split_word',
+           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -474,7 +474,7 @@ STYLE = ".mbnb{" + _LIGHT + "}@media(prefers-color-scheme:dark){.mbnb{" + _DARK 
 .mbnb .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:12px}.mbnb figure{margin:0;min-width:0}.mbnb svg text.h{font-weight:600}
 """ + "".join(f".mbnb .k-{k}{{stroke:var(--{v})}}.mbnb .f-{k}{{fill:var(--{v})}}" for k, v in {"raw": "raw", "init": "raw", "model": "model", "bad": "best", "r0": "r0", "r1": "r1", "r2": "r2", "r3": "r3"}.items()) + """
 .mbnb .scroll{container-type:inline-size}.mbnb tr.quiet td{font-style:italic}.mbnb .below{font-size:12px;color:var(--soft)}.mbnb .below span{white-space:nowrap}.mbnb .below span+span::before{content:"· "}.mbnb .cap{font-weight:600}.mbnb summary{cursor:pointer}
-.mbnb .warn{border-left:3px solid var(--best);padding:2px 8px;margin:4px 0}.mbnb .box{border:1px solid var(--line);border-radius:6px;padding:8px 12px;max-width:860px}.mbnb h1{font-size:20px}.mbnb h2{font-size:16px}
+.mbnb .warn,.mbnb .note{border-left:3px solid var(--best);padding:2px 8px;margin:4px 0}.mbnb .note{border-color:var(--line)}.mbnb details p{margin:2px 0 2px 1em}.mbnb .box{border:1px solid var(--line);border-radius:6px;padding:8px 12px;max-width:860px}.mbnb h1{font-size:20px}.mbnb h2{font-size:16px}
 @container(max-width:980px){.mbnb .aside{display:none}.mbnb .below{display:block}.mbnb td,.mbnb th,.mbnb .n{padding:3px 8px 3px 0}}.mbnb .k-raw{stroke-opacity:.55}.mbnb tr{background:none}.mbnb .k-best{fill:var(--best);stroke:none}.mbnb .k-band{fill:var(--model);stroke:none}"""
 STYLE = STYLE.replace(".mbnb ", ".mbnb.mbnb.mbnb ")      # stronger than what JupyterLab says about tables
 
@@ -488,7 +488,8 @@ def html_table(columns, rows, caption="", own=(), optional=(), quiet=(), under=(
     full = [k for k, c in enumerate(columns) if (c not in optional or any(row[k] for row in cells)) and not (c in under and under[c])]
     right = {k: all(_NUMERIC.fullmatch(row[k]) for row in cells) and any(row[k] for row in cells) for k in full}
     kind = lambda k, text: " ".join(["n"] * right[k] + ["bar"] * bool(text and set(text) == {"█"}) + ["aside"] * (columns[k] in under))
-    def cell(tag, k, text, more=""): return f"<{tag}{f' class={chr(34)}{kind(k, text)}{chr(34)}' if kind(k, text) else ''}>{escape(text)}{more}</{tag}>"
+    attribute = lambda names: f' class="{names}"' if names else ""
+    def cell(tag, k, text, more=""): return f"<{tag}{attribute(kind(k, text))}>{escape(text)}{more}</{tag}>"
     def below(row, always): return "".join(f" <span>{escape(c)} {escape(row[k])}</span>" for k, c in enumerate(columns) if c in under and under[c] == always and row[k])
     def lines(row): return "".join(f'<div class="below"{hide}>{x}</div>' for hide, x in (("", below(row, True)), (" hidden", below(row, False))) if x)
     look = lambda i: " class=own" if i in own else " class=quiet" if i in quiet else ""
@@ -499,6 +500,16 @@ def html_table(columns, rows, caption="", own=(), optional=(), quiet=(), under=(
 def html_facts(facts):
     "[(name, value)] as a strip of small cards."
     return '<div class="strip">' + "".join(f"<div><b>{escape(name)}</b>{escape(number(value))}</div>" for name, value in facts) + "</div>"
+
+def html_cards(cards, kinds="EWI"):
+    "The doctor's cards (dicts) of some severities, each opens to its advice and to why it matters; everything escaped."
+    def more(c):
+        patch = ", ".join(f"{k}={v}" for k, v in (c.get("patch") or {}).items())
+        rows = [("advice", c.get("fix")), ("in a fork", patch), ("measured", c.get("value")), ("bound", c.get("threshold")), ("where", c.get("evidence")), ("why it matters", c.get("why"))]
+        return "".join(f'<p><span class="soft">{name}:</span> {escape(number(value))}</p>' for name, value in rows if value not in (None, ""))
+    shown = sorted((c for c in cards if c["severity"] in kinds), key=lambda c: (bool(c.get("muted")), kinds.index(c["severity"])))
+    head = lambda c: f'<b>{escape(c["severity"])} {escape(str(c["id"]))} {escape(str(c.get("title") or ""))}</b>{" (muted)" if c.get("muted") else ""} {escape(str(c["message"]))}'
+    return "".join(f'<details class="{"warn" if c["severity"] in "EW" else "note"}"><summary>{head(c)}</summary>{more(c)}</details>' for c in shown)
 
 def fragment(body, lang):
     "HTML that brings its own look."
@@ -575,7 +586,7 @@ def static_twin(run, lang="en", last=8):
     rows = sorted({*range(max(0, n - last), n)} | ({curves.best} if curves.best is not None else set()))
     body = [f'<p><span class="chip">{MARKS.get(state, "?")} {escape(word)}</span> {escape(short(reason, 400))} <span class="soft">{escape(short(run.id, 100))}</span></p>', html_facts(run_facts(run, curves, say))]
     if curves.bad: body.append(f'<p class="soft">{escape(say("bad_lines", n=curves.bad))}</p>')
-    body.append(svg_curves(curves, lang))
+    body += [html_cards(run.cards or [], "EW"), svg_curves(curves, lang)]
     if rows:
         columns, shown, own = epoch_rows(curves, say, rows)
         body += [html_table(columns, shown, say("last_epochs"), own), f'<p class="soft">{escape(say("change_rule"))}</p>']

@@ -518,6 +518,12 @@ class Run:
     @property
     def result(self): return self._json("result.json", None)
     @property
+    def cards(self):
+        "The doctor's cards as dicts; None where it did not look. RunError where its file holds something else."
+        cards = self._json("doctor.json", None)
+        if cards is None or isinstance(cards, list) and all(isinstance(c, dict) and {"id", "severity", "message"} <= set(c) for c in cards): return cards
+        raise RunError(f"{self.path / 'doctor.json'}: expected a list of cards, each with id, severity, message; remove the file, or let the doctor write it again (`mbnb doctor {self.id}`)")
+    @property
     def status(self):
         "status.json, with the state 'crashed' when the process is gone."
         return derived_status(read_json(self.path / "status.json"))

@@ -222,7 +222,7 @@ def test_rules_chance_and_reference_are_rows(runs):
 
 def test_doctor_cards_are_a_badge_and_an_e_makes_a_run_invalid(runs):
     cards = [{"id": "T01", "severity": "E"}, {"id": "D03", "severity": "W"}, {"id": "D07", "severity": "W", "muted": True}]
-    (runs / "gear-0" / "doctor.json").write_text(json.dumps({"cards": cards}))
+    (runs / "gear-0" / "doctor.json").write_text(json.dumps(cards))
     (runs / "gear-1" / "doctor.json").write_text("[]")
     panel = ComparePanel(runs, a="gear-0", b="gear-1")
     assert panel.table().set_index("run")["doctor"].to_dict() | {"gear-2": ""} == panel.table().set_index("run")["doctor"].to_dict()

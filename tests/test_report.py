@@ -115,7 +115,7 @@ RUNS = {
         config=config(),
         result=result(),
         doctor=[
-            {"id": EVIL, "severity": "E", "message": EVIL, "value": EVIL, "threshold": 0.5, "fix": {"text": EVIL, "patch": {EVIL: EVIL}}},
+            {"id": EVIL, "severity": "E", "message": EVIL, "value": EVIL, "threshold": 0.5, "fix": EVIL, "patch": {EVIL: EVIL}},
             {"id": "T04", "severity": "I", "message": "m", "muted": True},
         ],
     ),
@@ -225,7 +225,7 @@ def test_what_is_said_is_true_of_the_run(tmp_path):
         and "onerror=alert(1)&gt; start" in two
         and "overfitting" in two
     )
-    assert "The doctor looked at the run and left no card" in sentences(tmp_path / "clear", **RUNS["no doctor's card"])
+    assert "The doctor looked at the run and found nothing to say" in sentences(tmp_path / "clear", **RUNS["no doctor's card"])
 
 
 def test_chinese_is_chinese(tmp_path):

@@ -70,7 +70,7 @@ CHECKS = {
     "T16": ("memory", "A run that fills the memory is killed without a word, or swaps."),
     "T17": ("undertrained", "A curve that still rises at its end is a lower bound; a comparison with it is one of budgets."),
     "R01": ("identities", "Recall, NDCG and MRR of one ranking bound each other. A row that breaks the bounds was put together from different rankings, or mistyped."),
-    "R02": ("hit lattice", "A hit rate over n cases is a whole number divided by n. The printed digits therefore tell how many cases there were."),
+    "R02": ("hit lattice", "A hit rate over n cases is a whole number divided by n. The printed digits therefore tell how many cases there were, and a file of ranks must hold exactly these."),
     "R03": ("test equals validation", "Equal values on validation and test mean that both are the same cases; without test values a report has shown its selection, not its result."),
     "R04": ("mean rank", "1/MRR is a harmonic mean: it stays near 1 while the average rank is several times larger."),
     "R05": ("winner's curse", "The best of many noisy epochs is on average better than the model: as much as the largest of that many draws of noise."),
@@ -131,11 +131,11 @@ def grade(value, **bounds):
 THRESHOLDS = {
     "D01.average": .01, "D01.sparsity": 1e-4, "D02.events": 3, "D02.training": 2, "D03.padding": .75, "D03.truncated": .2, "D04.info": 1., "D04.warn": .95, "D04.error": .5,
     "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D17.same": .01,
-    "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900.,
+    "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900., "C05.least": 60.,
     "C09.relative": .15, "C10.z": 5., "C11.share": .1, "C11.steps": 300, "C12.change": 1e-5, "C13.change": 1e-6, "C13.steps": 50, "C14.change": 1e-4, "C15.relative": 1e-3, "C17.groups": 1, "C20.times": 5.,
     "T01.retries": 3, "T02.mad": 6., "T03.warn": 3., "T03.error": 10., "T03.seconds": 1., "T04.se": 2., "T05.loss": .005, "T05.epochs": 5, "T06.epochs": 3, "T06.se": 2., "T07.budget": .2,
     "T08.norm": 1., "T08.cosine": -.2, "T09.ratio": 1e-6, "T09.steps": 200, "T10.low": 1e-4, "T10.high": 1e-1, "T11.share": 3., "T12.cosine": .9, "T12.rank": .1, "T13.share": .01, "T15.wait": .3,
-    "T16.memory": .9, "T17.se": 1., "R02.chance": .01, "R02.lattice": 1e-6, "R03.shared": 4, "R05.z": .5,
+    "T16.memory": .9, "T17.se": 1., "R02.chance": .01, "R02.lattice": 1e-6, "R03.shared": 4, "R05.z": .5, "R05.epochs": 4, "R08.pairs": 30, "R09.seeds": 3,
 }
 
 class DoctorError(MbnbError):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KS', 'CUT', 'WHOLE', 'MULTI', 'metric_name', 'worth_sums', 'per_case', 'chance', 'user_mean', 'median_rank', 'table',
-           'repeat_novel', 'Groups', 'tie_groups', 'multi_target', 'multi_table', 'Broken', 'check_identities']
+           'repeat_novel', 'Groups', 'tie_groups', 'multi_target', 'multi_table', 'Broken', 'single_target',
+           'check_identities']
 
 # %% ../../nbs/evaluators/02_metrics.ipynb #cell-2
 import re
@@ -214,6 +215,13 @@ def _columns(row):
     if len(protocols) > 1: raise EvalError(f"a row mixes protocols {sorted(protocols)}; check each by itself")
     return out
 
+def single_target(row):
+    "{\"HR\": {K: value}, \"NDCG\": .., \"MRR\": ..} of a row with one target a case, where Recall, Hit and HitRate are HR, and MAP is MRR. Raises EvalError on two protocols."
+    columns = _columns(row)
+    for alias, name in (("Recall", "HR"), ("Hit", "HR"), ("HitRate", "HR"), ("MAP", "MRR")):
+        if alias in columns: columns[name] = columns.pop(alias) | columns.get(name, {})
+    return columns
+
 # %% ../../nbs/evaluators/02_metrics.ipynb #cell-50
 def _ranges(columns, w, rising):
     "Rule 1, each metric by itself: values in [0,1], and those of `rising` nondecreasing in K."
@@ -248,9 +256,8 @@ def check_identities(row, unit=0., m=None, multi=False):
 
     unit: last printed digit, 1e-4 say (0 = exact numbers; 1e-9 is allowed). m: number of candidates if known. multi: several targets a
     case, where only ranges, order in K and Recall <= HitRate must hold. Other names in the row are passed over."""
-    w, columns = (unit or 0.) * (1 + 1e-6) + 1e-9, _columns(row)
-    if multi: return [*_ranges(columns, w, ("HitRate", "Recall", "MRR")), *_beside(columns, w, [("Recall", "HitRate")], False)]
-    for alias, name in (("Recall", "HR"), ("Hit", "HR"), ("HitRate", "HR"), ("MAP", "MRR")):
-        if alias in columns: columns[name] = columns.pop(alias) | columns.get(name, {})
+    w = (unit or 0.) * (1 + 1e-6) + 1e-9
+    if multi: return [*_ranges(columns := _columns(row), w, ("HitRate", "Recall", "MRR")), *_beside(columns, w, [("Recall", "HitRate")], False)]
+    columns = single_target(row)
     out = [*_ranges(columns, w, ("HR", "NDCG", "MRR")), *_beside(columns, w, [("MRR", "NDCG"), ("NDCG", "HR"), ("MRR", "HR")], True), *_growth(columns, w)]
     return out + [Broken(3, f"HR@{k} with {m} candidates", v, 1., 1.) for k, v in columns.get("HR", {}).items() if m and k >= m and abs(v - 1) > w]

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binom, hypergeom
+from scipy.special import gammaln
+from scipy.stats import binom
 
 from .metrics import KS, chance, metric_name, table
 from .ranks import EvalError, Plan, in_history
@@ -427,26 +428,41 @@ def by_slice(ranks, masks, ks=KS, suffix=""):
             for name, mask in masks.items()}
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-78
+def _choose(log_factorial, a, b):
+    "log of a choose b, integer arrays; -inf where there is no such choice."
+    ok = (0 <= b) & (b <= a)
+    a, b = np.where(ok, a, 0), np.where(ok, b, 0)
+    return np.where(ok, log_factorial[a] - log_factorial[b] - log_factorial[a - b], -np.inf)
+
+def _drawn_better(j, n, others, better):
+    "P(exactly j of n negatives, drawn without replacement from `others`, are among the `better` ones), integer arrays."
+    table = gammaln(np.arange(np.max(others) + 1) + 1.)
+    return np.exp(_choose(table, better, j) + _choose(table, others - better, n - j) - _choose(table, others, np.asarray(n)))
+
+# %% ../../nbs/evaluators/03_protocols.ipynb #cell-80
 def decode(metric, k, protocol, n_items, rank, replacement=False):
-    """What a target at true rank `rank` of `n_items` earns under uni<m>: the expected HR, NDCG or MRR at k. rank a number or an array.
+    """What a target at true rank `rank` of `n_items` earns under uni<m>: the expected HR, NDCG or MRR at k. rank, n_items: numbers or arrays.
 
     replacement: the negatives were drawn with replacement (binomial instead of hypergeometric). Raises EvalError for other protocols: a fixed or
     a popular list says nothing about ranks in the catalogue."""
     p = read_protocol(protocol)
     if p.kind != "uni": raise EvalError(f"protocol {protocol!r} cannot be decoded: its negatives are no uniform sample of the catalogue; only uni<m> can")
-    j, better = np.arange(1, k + 1), np.asarray(rank)[..., None] - 1
-    odds = binom.pmf(j - 1, p.n, better / (n_items - 1)) if replacement else hypergeom.pmf(j - 1, n_items - 1, better, p.n)
+    rank, V = np.asarray(rank), np.asarray(n_items)
+    if not ((rank % 1 == 0) & (1 <= rank) & (rank <= V)).all(): raise EvalError(f"rank {rank if rank.size < 9 else 'array'}: expected whole numbers from 1 to the number of items")
+    j, better, others = np.arange(1, k + 1), rank.astype(np.int64)[..., None] - 1, V.astype(np.int64)[..., None] - 1
+    odds = binom.pmf(j - 1, p.n, better / others) if replacement else _drawn_better(j - 1, p.n, others, better)
     worth = {"HR": np.ones(k), "NDCG": 1 / np.log2(j + 1), "MRR": 1 / j}
     if metric not in worth: raise EvalError(f"metric {metric!r} cannot be decoded; valid: {', '.join(worth)}")
     return (odds * worth[metric]).sum(-1)
 
-# %% ../../nbs/evaluators/03_protocols.ipynb #cell-81
+# %% ../../nbs/evaluators/03_protocols.ipynb #cell-83
 def least_first(hr, mrr):
     "The smallest share of cases at sampled rank 1 that HR@K and MRR@K (same K) allow."
     return max(0., 2 * mrr - hr)
 
 def least_share(p1, protocol, n_items, rank):
     "The smallest share of cases with a true rank of at most `rank`, given the share `p1` at sampled rank 1 under uni<m> with replacement."
+    if rank >= n_items: return 1.
     q = decode("HR", 1, protocol, n_items, rank + 1, replacement=True)
     return max(0., float((p1 - q) / (1 - q)))
 

@@ -70,13 +70,13 @@ function drawChart(box, chart, state) {
 // ---- one panel ----
 function render({ model, el: root }) {
   const send = (action, more = {}) => model.send({ action, ...more });
-  const ui = { tab: "Epochs", log: false, sort: null, charts: {}, waiting: 0, tick: 0 };
+  const ui = { tab: "Epochs", open: new Set(), log: false, sort: null, charts: {}, waiting: 0, tick: 0 };
   const box = el("div", { class: "mbnb", role: "region", "aria-label": "training panel" });
   root.append(box);
   const twin = () => document.querySelectorAll(`[data-mbnb-twin="${model.get("panel_id")}"]`).forEach(n => { n.style.display = "none"; });
 
   const parts = {};
-  for (const name of ["head", "controls", "message", "setup", "strip", "axes", "charts", "tabs", "tab"]) box.append(parts[name] = el("div", { class: { head: "mbnb-row", controls: "mbnb-row", strip: "mbnb-row", axes: "mbnb-row", message: "mbnb-message", tabs: "mbnb-row", charts: "mbnb-charts", tab: "mbnb-tab" }[name] || "" }));
+  for (const name of ["head", "controls", "message", "setup", "checks", "strip", "axes", "charts", "tabs", "tab"]) box.append(parts[name] = el("div", { class: { head: "mbnb-row", controls: "mbnb-row", strip: "mbnb-row", axes: "mbnb-row", message: "mbnb-message", tabs: "mbnb-row", charts: "mbnb-charts", tab: "mbnb-tab" }[name] || "" }));
   parts.message.setAttribute("role", "status");
 
   const button = (text, action, enabled, main = false, ask = "") => el("button", { class: main ? "mbnb-main" : "", disabled: !enabled, type: "button", on: { click: () => { if (!ask || window.confirm(ask)) send(action); } } }, text);
@@ -90,7 +90,7 @@ function render({ model, el: root }) {
     const v = model.get("view"), s = v.state, live = LIVE.includes(s), setup = v.page === "setup";
     const pick = el("select", { "aria-label": "run to show", on: { change: e => send("attach", { run: e.target.value }) } }, el("option", { value: "" }, "runs …"), ...(v.runs || []).map(r => el("option", { value: r.id, selected: r.id === v.run }, `${r.id} (${r.state})`)));
     pick.style.maxWidth = "260px";
-    fill(parts.controls, button(setup ? "Show the run" : "New run", setup ? "show_run" : "show_setup", setup ? !!v.run : true), button("Start", "start", setup && !v.busy && v.valid, true),
+    fill(parts.controls, button(setup ? "Show the run" : "New run", setup ? "show_run" : "show_setup", setup ? !!v.run : true), button(v.checking ? "Looking …" : "Preflight", "preflight", setup && v.valid && !v.checking), button("Start", "start", setup && !v.busy && v.valid && !v.blocked, true),
       button("Pause", "pause", s === "running"), button("Resume", "resume", ["paused", "stopped", "crashed", "failed"].includes(s)), button("Stop", "stop", live && s !== "starting" && s !== "stopping"),
       button("Stop now", "stop_now", live, false, "Stop at once? The run goes back to its last checkpoint when it is resumed."), button("lr × 0.5", "halve", s === "running" || s === "paused"), button("Fork from best", "fork", v.forkable), pick);
   }
@@ -112,6 +112,13 @@ function render({ model, el: root }) {
     const grid = el("div", { class: "mbnb-form" }, ...sections);
     fill(parts.setup, grid, el("div", { class: "mbnb-row" }, el("pre", { class: "mbnb-command" }, f.command), copy(f.command)), el("div", { class: "mbnb-row" }, el("pre", {}, f.snippet), copy(f.snippet)));
     grid.scrollTop = at;
+  }
+  function checks() {
+    const v = model.get("view"), show = v.page === "setup";
+    parts.checks.style.display = show && (v.checked || v.checking) ? "" : "none";
+    if (!show) return;
+    const anyway = v.error ? [el("label", { class: "mbnb-row" }, el("input", { type: "checkbox", checked: v.anyway, "aria-label": "run anyway", on: { change: e => send("anyway", { value: e.target.checked }) } }), " run anyway: the result is then marked invalid (-p doctor warn)")] : [];
+    fill(parts.checks, ...(v.checking ? [el("p", { class: "mbnb-soft" }, "The doctor looks at data, plan and untrained model …")] : (v.cards || []).length ? (v.cards || []).map(c => card(c, false)) : [el("p", { class: "mbnb-soft" }, "The doctor found nothing to say before the first step.")]), ...anyway);
   }
   function strip() {
     const s = model.get("view").strip || {};
@@ -155,7 +162,14 @@ function render({ model, el: root }) {
     const header = t.columns.map((c, i) => el("th", {}, c && el("button", { type: "button", on: { click: order(i) } }, c)));
     return el("table", {}, el("thead", {}, el("tr", {}, ...header)), el("tbody", {}, ...rows.map(r => el("tr", { class: r.best ? "best" : "" }, ...r.cells.map((c, i) => el("td", { class: r.marks[i] || "", title: r.marks[i] === "noise" ? "within two standard errors of the epoch before" : "" }, c === null ? "" : c))))));
   }
-  const card = c => el("div", { class: `mbnb-card ${c.severity}` }, el("b", {}, `${c.id} ${c.severity} `), c.message, c.fix ? el("span", { class: "mbnb-soft" }, " → " + c.fix) : null);
+  const card = (c, buttons = true) => {
+    const line = (name, text) => text ? el("p", {}, el("span", { class: "mbnb-soft" }, name + ": "), text) : null;
+    const patch = Object.entries(c.patch || {}).map(([k, x]) => `${k}=${x}`).join(", ");
+    const press = (text, action) => el("button", { type: "button", "aria-label": `${text} ${c.id}`, on: { click: () => send(action, { id: c.id }) } }, text);
+    return el("details", { class: `mbnb-card ${c.severity}`, open: ui.open.has(c.id), on: { toggle: e => { e.target.open ? ui.open.add(c.id) : ui.open.delete(c.id); } } },
+      el("summary", {}, el("b", {}, `${c.severity} ${c.id} ${c.title || ""}${c.muted ? " (muted)" : ""} `), c.message), line("advice", c.fix), line("in a fork", patch), line("where", c.evidence), line("why it matters", c.why),
+      buttons ? el("div", { class: "mbnb-row" }, patch ? press("Fix in the next fork", "fix") : null, press("Mute in the next fork", "mute")) : null);
+  };
   const hue = behavior => { const all = model.get("view").behaviors || []; return COLORS[Math.max(0, all.indexOf(behavior)) % COLORS.length]; };
   const event = ([item, behavior]) => { const n = el("span", { class: "mbnb-event", title: behavior }, item, el("span", { class: "mbnb-soft" }, " " + behavior)); n.style.borderLeftColor = hue(behavior); return n; };
   const caseCard = c => el("div", { class: "mbnb-case" }, el("b", {}, c.user), " ", ...c.history.map(event),
@@ -165,13 +179,13 @@ function render({ model, el: root }) {
     const at = names.find(n => n.startsWith(ui.tab)) || names[0];
     fill(parts.tabs, ...names.map(n => el("button", { type: "button", role: "tab", "aria-selected": String(n === at), on: { click: () => { ui.tab = n.split(" ")[0]; tabs(); } } }, n)));
     const scroll = parts.tab.scrollTop;
-    const body = { Epochs: () => [table(v.epochs)], Doctor: () => (v.cards || []).length ? v.cards.map(card) : [el("p", { class: "mbnb-soft" }, "This run has no doctor cards.")],
+    const body = { Epochs: () => [table(v.epochs)], Doctor: () => (v.cards || []).length ? [...(v.ahead ? [el("p", { class: "mbnb-soft" }, "For the next fork: ", v.ahead)] : []), ...v.cards.map(c => card(c))] : [el("p", { class: "mbnb-soft" }, "This run has no doctor cards.")],
       Cases: () => (v.cases || []).length ? v.cases.map(caseCard) : [el("p", { class: "mbnb-soft" }, "No cases yet.")], Rules: () => [table(v.rules)], Command: () => [el("pre", {}, v.command || "")] };
     fill(parts.tab, ...body[ui.tab]());
     parts.tab.scrollTop = scroll;
   }
   const message = () => { parts.message.textContent = model.get("view").message || ""; };
-  const all = () => { ui.waiting = 0; twin(); head(); controls(); message(); setup(); strip(); axes(); tabs(); charts(); };
+  const all = () => { ui.waiting = 0; twin(); head(); controls(); message(); setup(); checks(); strip(); axes(); tabs(); charts(); };
 
   model.on("change:view", all); model.on("change:form", setup); model.on("change:data", charts); model.on("msg:custom", m => { if (m.tick) ui.waiting = 0; });
   const visible = () => document.visibilityState === "visible" && root.isConnected && root.getClientRects().length > 0;
