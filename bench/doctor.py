@@ -1,6 +1,6 @@
-"""What the doctor costs the run it watches: the loop of `mbnb.fit` on the toy shop, SASRec small, with nobody looking and with `mbnb.doctor.training.Watch` fed as a run feeds it.
-Wall seconds of a step (the loop's own bookkeeping included, evaluation not) are medians over the repeats, each side in a process of its own, in turns; `told` is the share that the
-watch has measured of itself, its looks after each epoch included. One JSON line."""
+"""What the doctor costs the run it watches: the loop of `mbnb.fit` on the toy shop, SASRec small, with `mbnb.doctor.training.Watch` fed as a run feeds it in every other block of
+20 steps, and nobody looking in between. Seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
+in processes of their own; the watch's rare looks are in `told`, the share of the training time that it has measured of itself in a run watched throughout. One JSON line."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from _peers import child
 
 
-def one_side(watched, steps, threads, data, model):
+def one_side(throughout, steps, threads, data, model):
     "Train `steps` steps and tell what one took."
     import numpy as np
     import torch
@@ -28,41 +28,44 @@ def one_side(watched, steps, threads, data, model):
     sequences = load(data, **config.data)
     state = FitState(seed_everything(0))
     net = build_model(config, sequences)[0]
-    losses, watch = build_losses(config), None
+    losses = build_losses(config)
     spread = lambda cases, n: np.unique(np.linspace(0, len(cases) - 1, n).astype(int))
-    if watched:
-        batch = collate(sequences, sequences.train, spread(sequences.train, config.fit.batch_size), net.config.max_len)
-        asked = collate(sequences, sequences.valid, spread(sequences.valid, 200), net.config.max_len)
-        watch = Watch(stages=config.stages, losses=losses, batch=batch, cases=asked, config=config.fit)
+    batch = collate(sequences, sequences.train, spread(sequences.train, config.fit.batch_size), net.config.max_len)
+    asked = collate(sequences, sequences.valid, spread(sequences.valid, 200), net.config.max_len)
+    watch = Watch(stages=config.stages, losses=losses, batch=batch, cases=asked, config=config.fit)
     judged = lambda model: {"value": 0.0, "error": 1.0}
-    wall, done, last = 0.0, 0, None
+    wall, last, made = {False: [], True: []}, None, 0
     for record in fit(net, losses, sequences, config.stages, config.fit, judged, state):
-        if watch: watch.step(record, net) if record["kind"] == "step" else watch.epoch(record, net)
+        on, is_step = throughout or made // 20 % 2 == 1, record["kind"] == "step"
+        if on:
+            watch.step(record, net) if is_step else watch.epoch(record, net)
         now = time.perf_counter()
-        if record["kind"] == "step":
-            if last is not None: wall, done = wall + now - last, done + 1
-            if done >= steps: break
-        last = now if record["kind"] == "step" else None
-    told = {"told": watch.seconds / watch.train, "looks": {k: round(v / watch.train, 5) for k, v in watch.spent.items()}} if watch else {}
-    return {"seconds_per_step": wall / done, "steps": done} | told
+        if is_step:
+            made += 1
+            if last is not None:
+                wall[on].append(now - last)
+            if made >= steps:
+                break
+        last = now if is_step else None
+    if throughout:
+        return {"told": watch.seconds / watch.train, "looks": {k: round(v / watch.train, 5) for k, v in watch.spent.items()}}
+    return {"alone": statistics.median(wall[False]), "watched": statistics.median(wall[True])}
 
 
 ap = argparse.ArgumentParser()
-ap.add_argument("--side", choices=("alone", "watched"))
-ap.add_argument("--steps", type=int, default=1500)
+ap.add_argument("--side", choices=("blocks", "throughout"))
+ap.add_argument("--steps", type=int, default=800)
 ap.add_argument("--repeats", type=int, default=3)
 ap.add_argument("--threads", type=int, default=1)
 ap.add_argument("--data", default="toyshop")
 ap.add_argument("--model", default="sasrec")
 a = ap.parse_args()
 if a.side:
-    print(json.dumps(one_side(a.side == "watched", a.steps, a.threads, a.data, a.model)))
+    print(json.dumps(one_side(a.side == "throughout", a.steps, a.threads, a.data, a.model)))
     sys.exit()
 given = ["--steps", a.steps, "--threads", a.threads, "--data", a.data, "--model", a.model]
-found = {"alone": [], "watched": []}
-for _ in range(a.repeats):
-    for side in found:
-        found[side].append(child(sys.executable, Path(__file__).name, "--side", side, *given))
-seconds = {side: statistics.median(r["seconds_per_step"] for r in runs) for side, runs in found.items()}
-told = statistics.median(r["told"] for r in found["watched"])
-print(json.dumps({"bench": "doctor", "data": a.data, "model": a.model, "threads": a.threads, "steps": a.steps, **seconds, "share": seconds["watched"] / seconds["alone"] - 1, "told": told, "looks": found["watched"][-1]["looks"]}))
+blocks = [child(sys.executable, Path(__file__).name, "--side", "blocks", *given) for _ in range(a.repeats)]
+seconds = {side: statistics.median(r[side] for r in blocks) for side in ("alone", "watched")}
+share = statistics.median(r["watched"] / r["alone"] - 1 for r in blocks)
+told = child(sys.executable, Path(__file__).name, "--side", "throughout", *given)
+print(json.dumps({"bench": "doctor", "data": a.data, "model": a.model, "threads": a.threads, "steps": a.steps, **seconds, "share": share, **told}))

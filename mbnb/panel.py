@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'MORE_CHOICES', 'AXES', 'EXTRAS', 'LINES', 'FOLDER', 'FACE_ACTIONS', 'comments', 'parameter_help', 'form',
-           'parameters_of', 'command_line', 'python_lines', 'start_run', 'running_mean', 'step_axis', 'epoch_axis',
-           'marks_of', 'extra_values', 'step_charts', 'epoch_charts', 'rule_lines', 'rules_of', 'monitor_of', 'pack',
-           'chips', 'memory_mb', 'strip', 'epoch_rows', 'rule_rows', 'case_rows', 'behaviors_of', 'doctor_cards',
-           'Face', 'TrainPanel', 'attach']
+           'parameters_of', 'command_line', 'python_lines', 'start_preflight', 'read_preflight', 'start_run',
+           'running_mean', 'step_axis', 'epoch_axis', 'marks_of', 'extra_values', 'step_charts', 'epoch_charts',
+           'rule_lines', 'rules_of', 'monitor_of', 'pack', 'chips', 'memory_mb', 'strip', 'epoch_rows', 'rule_rows',
+           'case_rows', 'behaviors_of', 'shown_cards', 'Face', 'TrainPanel', 'but_doctor', 'attach']
 
 # %% ../nbs/24_panel.ipynb #cell-2
 import inspect
@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ from .datasets import names as data_names
 from .events import MbnbError
 from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, clock_text, make_config, preset_of
 from .fit import SCHEDULES, FitConfig, Stage
-from .plots import decimate, shown_rules, static_twin
+from .plots import decimate, shown_rules, static_twin, untrained_loss
 from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
@@ -81,7 +82,8 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     return [{"title": "run", "fields": run}, {"title": f"model {model}", "fields": _of_dataclass("model", cls.Config, {f.name: getattr(config, f.name) for f in fields(config)}, sizes)},
             {"title": f"loss {named}", "fields": _of_dataclass("loss", loss_class(named), _defaults(loss_class(named))) if named in LOSSES else []},
             {"title": "training", "fields": _of_dataclass("fit", Stage, {k: stages[k] for k in STAGE_KEYS if k not in PARAMETERS}) + _of_dataclass("fit", FitConfig, _defaults(FitConfig) | chosen["fit"], PARAMETERS)},
-            {"title": "evaluation", "fields": _of_dataclass("eval", EvalConfig, _defaults(EvalConfig), PARAMETERS)}]
+            {"title": "evaluation", "fields": _of_dataclass("eval", EvalConfig, _defaults(EvalConfig), PARAMETERS)},
+            {"title": "doctor", "fields": [_field("doctor", PARAMETERS["doctor"], help.get("doctor"), CHOICES["doctor"]), _field("doctor.mute", "", "ids of cards that are not to be shown as findings: D03 C03")]}]
 
 # %% ../nbs/24_panel.ipynb #cell-10
 def parameters_of(chosen):
@@ -105,6 +107,20 @@ def python_lines(parameters):
     return "from mbnb.experiment import configure, run_experiment\nrun_experiment(configure(" + ", ".join(f"{k}={v!r}" for k, v in parameters.items()) + "))"
 
 # %% ../nbs/24_panel.ipynb #cell-13
+def start_preflight(parameters):
+    "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the file its cards will stand in)."
+    out = Path(tempfile.mkdtemp(prefix="mbnb-preflight-")) / "cards.json"
+    command = [sys.executable, "-c", "from mbnb.cli import main; raise SystemExit(main())", "doctor", "--json"]
+    for k, v in parameters.items(): command += ["-p", k, str(v)]
+    with open(out, "wb") as file, open(out.with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=log, start_new_session=True), out
+
+def read_preflight(process, out):
+    "-> (cards, message): None while it looks; the message says why it could not."
+    if process.poll() is None: return None, ""
+    try: return json.loads(out.read_text()), ""
+    except ValueError: return [], ([line for line in out.with_suffix(".log").read_text(errors="replace").splitlines() if line.strip()] or ["the preflight ended without a word"])[-1]
+
 def start_run(parameters):
     "Start papermill on the entry page with these parameters; -> (folder of the run, the process). What papermill says goes to papermill.log there."
     p = PARAMETERS | parameters
@@ -286,11 +302,9 @@ def behaviors_of(tail):
     "The behaviors in the followed cases, in a fixed order: each has its color."
     return sorted({b for r in tail.of("peek")[-1:] for c in r["cases"] for _, b in c["history"]})
 
-def doctor_cards(run):
-    "The cards of the run's doctor.json, worst first."
-    path = run.path / "doctor.json"
-    cards = json.loads(path.read_text()) if path.exists() else []
-    return sorted(cards, key=lambda c: "EWI".find(c.get("severity", "I")))
+def shown_cards(cards):
+    "Findings among the doctor's cards, the gravest first, muted ones behind."
+    return sorted((c for c in cards or [] if c["severity"] in "EWI"), key=lambda c: (bool(c.get("muted")), "EWI".index(c["severity"])))
 
 # %% ../nbs/24_panel.ipynb #cell-22
 FOLDER = Path(__file__).resolve().parent / "js" if "__file__" in globals() else Path(entry_notebooks()["train"]).resolve().parents[1] / "mbnb" / "js"
@@ -312,7 +326,7 @@ class TrainPanel:
     def __init__(self, run="", runs_dir="runs", **parameters):
         self.runs_dir, self.run, self.tail, self.child, self.message, self.page = Path(runs_dir), None, None, None, "", "setup"
         self.axis, self.extra, self.twin, self._twin_of, self._listed, self._best = AXES[0], EXTRAS[0], None, None, (0., []), {}
-        self._drawn = None
+        self._drawn, self.preflight, self.ahead = None, {}, {}
         self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(p.split("=", 1) for p in shlex.split(parameters.get("set", "")))
         self.face = Face(panel_id=os.urandom(6).hex())
         self.face.on_msg(lambda _, content, buffers: self.hear(content))
@@ -333,7 +347,7 @@ def listed(self: TrainPanel):
 def watch(self: TrainPanel, run):
     "Show a run of `runs_dir` by its id; RunError if there is none."
     self.run = load_run(run_path(self.runs_dir, run))
-    self.tail, self.page, self.message, self._drawn, self._best = Tail(self.run.path), "run", "", None, {}
+    self.tail, self.page, self.message, self._drawn, self._best, self.ahead = Tail(self.run.path), "run", "", None, {}, {}
 
 @patch
 def state(self: TrainPanel):
@@ -366,7 +380,7 @@ def show(self: TrainPanel):
     view = {"page": self.page, "run": self.run.id if self.run else "", "state": status["state"], "reason": status.get("reason", ""), "runs": self.listed(), "message": self.message,
             "valid": setup and not self.message, "busy": False, "forkable": bool(self.run) and not live and any((self.run.path / "checkpoints").glob("*.json"))}
     if self.run and not setup:
-        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": doctor_cards(self.run),
+        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": command_line(self.ahead).partition("ipynb out.ipynb")[2].strip(),
                  "command": command_line({k: v for k, v in self.run.config.items() if k in PARAMETERS and v != PARAMETERS[k]})}
     self.face.view = json.loads(json.dumps(view | checked, default=str).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
     self.picture(status)
@@ -376,7 +390,7 @@ def draw(self: TrainPanel):
     "The four charts."
     self._drawn = (self.axis, self.extra, self.face.smoothing)
     if self.tail is None: return
-    stepped, by_epoch = step_charts(self.tail, self.axis, self.face.smoothing, self.extra), epoch_charts(self.tail, self.axis, self.best_before())
+    stepped, by_epoch = step_charts(self.tail, self.axis, self.face.smoothing, self.extra, untrained_loss(self.run.config)[0]), epoch_charts(self.tail, self.axis, self.best_before())
     charts, data = pack([stepped[0], *by_epoch, stepped[1]])
     with self.face.hold_sync(): self.face.charts, self.face.data = charts, data
 
@@ -411,7 +425,7 @@ def check(self: TrainPanel):
         self.chosen.pop("preset", None); self.chosen.pop("loss", None)
         sections = form(names["model"] if names["model"] in MODELS else PARAMETERS["model"], dataset=names["dataset"])
     known = {f["name"] for s in sections for f in s["fields"]}
-    self.chosen = {k: v for k, v in self.chosen.items() if k in known or k in PARAMETERS}
+    self.chosen = {k: v for k, v in self.chosen.items() if k in known or k in PARAMETERS or k.startswith("doctor.")}
     for s in sections:
         for f in s["fields"]:
             if f["name"] in self.chosen: f["value"], f["set"] = self.chosen[f["name"]], True
@@ -419,7 +433,20 @@ def check(self: TrainPanel):
     try: make_config(**parameters)
     except MbnbError as e: self.message = str(e)
     self.face.form = json.loads(json.dumps({"sections": sections, "command": command_line(parameters), "snippet": python_lines(parameters)}, default=str))
-    return {"message": self.message, "valid": not self.message}
+    return {"message": self.message, "valid": not self.message} | self.looked()
+
+def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != "doctor"}
+
+@patch
+def looked(self: TrainPanel):
+    "What the preflight of the form as it stands says: {checking, checked, cards, blocked}; an E card blocks the start until it is to run anyway."
+    p = self.preflight
+    if not p or p["parameters"] != but_doctor(parameters_of(self.chosen)): return {"checking": False, "checked": False, "cards": [], "blocked": False, "anyway": False}
+    if p.get("cards") is None: p["cards"], p["message"] = read_preflight(p["process"], p["out"])
+    if p["message"]: self.message = p["message"]
+    cards, anyway = shown_cards(p["cards"]), self.chosen.get("doctor") == "warn"
+    error = any(c["severity"] == "E" and not c.get("muted") for c in cards)
+    return {"checking": p["cards"] is None, "checked": bool(p["cards"]), "cards": cards, "blocked": error and not anyway, "error": error, "anyway": anyway, "message": self.message}
 
 @patch
 def hear(self: TrainPanel, content):
@@ -443,13 +470,34 @@ def _start(panel, content):
     make_config(**parameters)
     _begin(panel, parameters | {"runs_dir": str(panel.runs_dir)})
 
+def _preflight(panel, content):
+    parameters = parameters_of(panel.chosen)
+    make_config(**parameters)
+    process, out = start_preflight(parameters)
+    panel.preflight = {"process": process, "out": out, "parameters": but_doctor(parameters), "cards": None, "message": ""}
+
+def _anyway(panel, content):
+    if content["value"]: panel.chosen["doctor"] = "warn"
+    else: panel.chosen.pop("doctor", None)
+
+def _card(panel, content): return next((c for c in panel.run.cards or [] if c["id"] == content["id"]), {})
+
+def _fix(panel, content):
+    for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead[key] = f"{panel.ahead.get(key, '')} {value}".strip() if key == "set" else value
+
+def _mute(panel, content):
+    muted = dict(p.split("=", 1) for p in shlex.split(panel.ahead.get("set", ""))).get("doctor.mute", "")
+    panel.ahead["set"] = " ".join([p for p in map(shlex.quote, shlex.split(panel.ahead.get("set", ""))) if "doctor.mute" not in p] + [shlex.quote(f"doctor.mute={muted} {content['id']}".replace("= ", "="))])
+
 def _resume(panel, content):
     if panel.run.status["state"] == "paused": return send_request(panel.run.path, "resume")
     _begin(panel, {"resume": panel.run.id, "runs_dir": str(panel.runs_dir)})
 
 def _fork(panel, content):
     config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in (*LEFT_OUT, "run_name") and v != PARAMETERS[k]}
-    panel.chosen, panel.page = config | dict(p.split("=", 1) for p in shlex.split(panel.run.config.get("set", ""))) | {"fork": panel.run.id}, "setup"
+    of_set = lambda text: dict(p.split("=", 1) for p in shlex.split(text))
+    ahead = {k: v for k, v in panel.ahead.items() if k != "set"} | of_set(panel.ahead.get("set", ""))
+    panel.chosen, panel.page, panel.ahead = config | of_set(panel.run.config.get("set", "")) | {"fork": panel.run.id} | ahead, "setup", {}
 
 def _stop_now(panel, content):
     pid = panel.run.status.get("pid")
@@ -466,7 +514,7 @@ def _show(page): return lambda panel, content: setattr(panel, "page", page)
 def _request(action, **more): return lambda panel, content: send_request(panel.run.path, action, **more)
 def _keep(name, valid): return lambda panel, content: setattr(panel, name, content["value"] if content["value"] in valid else valid[0])
 
-FACE_ACTIONS = {"tick": lambda panel, content: None, "show_setup": _show("setup"), "show_run": _show("run"), "set": _set, "start": _start, "pause": _request("pause"), "stop": _request("stop"), "halve": _request("lr", factor=.5),
+FACE_ACTIONS = {"tick": lambda panel, content: None, "show_setup": _show("setup"), "preflight": _preflight, "anyway": _anyway, "fix": _fix, "mute": _mute, "show_run": _show("run"), "set": _set, "start": _start, "pause": _request("pause"), "stop": _request("stop"), "halve": _request("lr", factor=.5),
                 "resume": _resume, "stop_now": _stop_now, "fork": _fork, "attach": lambda panel, content: panel.watch(content["run"]) if content["run"] else None,
                 "axis": _keep("axis", AXES), "extra": _keep("extra", EXTRAS), "smoothing": lambda panel, content: setattr(panel.face, "smoothing", min(.99, max(0., float(content["value"]))))}
 

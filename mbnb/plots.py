@@ -9,7 +9,7 @@ __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MAR
            'text_width', 'apart', 'number', 'short', 'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part',
            'stages_of', 'epoch_frame', 'best_row', 'monitor', 'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves',
            'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts', 'split_word',
-           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin']
+           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin', 'cards_page']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -591,3 +591,9 @@ def static_twin(run, lang="en", last=8):
         columns, shown, own = epoch_rows(curves, say, rows)
         body += [html_table(columns, shown, say("last_epochs"), own), f'<p class="soft">{escape(say("change_rule"))}</p>']
     return fragment("".join(body) + rules_html(run, curves, say), lang)
+
+def cards_page(cards, lang="en"):
+    "The doctor's cards as HTML by themselves; with None, that it did not look."
+    if cards is None: return fragment("<p>The doctor did not look (doctor=off).</p>", lang)
+    n = {s: sum(c["severity"] == s for c in cards) for s in ("ok", "skipped")}
+    return fragment(html_cards(cards) + f'<p class="soft">{n["ok"]} checks found nothing wrong, {n["skipped"]} had nothing to look at.</p>', lang)

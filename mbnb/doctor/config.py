@@ -22,7 +22,7 @@ from scipy.stats import binom, norm
 
 from .. import checks
 from . import THRESHOLDS, fine, finding, grade, limits, skipped, worst_first
-from ..fit import make_optimizer, partition, start_fabric, steps_per_epoch, train_step
+from ..fit import Diverged, make_optimizer, partition, start_fabric, steps_per_epoch, train_step
 from ..sequences import batch_rows, collate
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-6
@@ -57,6 +57,7 @@ def words_of(seconds):
 def time_budget(step_seconds, steps, memory=None, free=None, limits=THRESHOLDS):
     "C04: `steps` steps at the median of `step_seconds`; `memory` and `free` in bytes."
     step = float(np.median(step_seconds))
+    if not math.isfinite(step): return skipped("C04", "no step of this model is finite")
     said = f"{step:.3g} s x {steps:,} steps = {words_of(step * steps)} at most"
     if memory and free and memory > free:
         return finding("C04", "E", f"{memory / 2**30:.1f} GiB for weights, gradients and optimizer, {free / 2**30:.1f} GiB are free", "Take a narrower model, fewer items or a larger machine.", memory, free)
@@ -206,18 +207,19 @@ def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, lr=1e-2, second
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-30
 def timed_steps(model, loss, sequences, stage, config, n=5, max_len=None, seconds=10.):
-    "Seconds (at most `n`,) of real training steps on a copy of `model`; the first, which warms up, is left out. Stops after `seconds`."
-    model, fabric = copy.deepcopy(model).train(), start_fabric(config)
+    "Seconds (at most `n`,) of real training steps on a copy of `model`, with a learning rate of 0; the first, which warms up, is left out. Stops after `seconds`."
+    model, fabric, stage = copy.deepcopy(model).train(), start_fabric(config), replace(stage, lr=0.)
     _, optimizer = fabric.setup(model, make_optimizer(model, stage, partition(model, stage)))
     max_len, took = max_len or getattr(model, "train_len", model.config.max_len), []
     rows = batch_rows(np.minimum(sequences.train.length, max_len), config.batch_size, config.tokens or None, torch.Generator().manual_seed(0))
     for k in range(n + 1):
         start = time.perf_counter()
         chunk = [collate(sequences, sequences.train, rows[(k * config.accumulate + j) % len(rows)], max_len) for j in range(config.accumulate)]
-        train_step(fabric, model, optimizer, chunk, loss, stage.loss_weights, torch.Generator().manual_seed(0), config.clip)
+        try: train_step(fabric, model, optimizer, chunk, loss, stage.loss_weights, torch.Generator().manual_seed(0), config.clip)
+        except Diverged: break                          # the run itself will say so
         took.append(time.perf_counter() - start)
         if sum(took) > seconds: break
-    return took[1:] or took
+    return took[1:] or took or [math.nan]
 
 def free_memory():
     "Bytes that are free on this machine, or None where it does not say."

@@ -28,7 +28,7 @@ def known_set(report):
     "(name, row of PUBLIC) of the one public data set that a report names and does not contradict, or (None, {})."
     out = []
     for name, row in PUBLIC.items():
-        if not re.search(row["named"], report.doc.prose, re.I): continue
+        if not re.search(row["named"], report.doc.prose, re.I | re.A): continue
         stated = [f for f in report.named("users", "items", "rows", proposal=None) if not f.about and f.value > 100]
         if not stated or any(same_count(f.value, row[f.name]) for f in stated): out.append((name, row))
     return out[0] if len(out) == 1 else (None, {})
@@ -89,8 +89,8 @@ def statistics_identity(report, limits=THRESHOLDS):
     return out
 
 # %% ../../nbs/lint/03_counts.ipynb #cell-12
-_OTHER_SPLIT = re.compile(r"temporal split|time[- ]based split|global (?:temporal|time)|ratio split|\b\d{1,2}\s*[:/]\s*\d{1,2}\s*[:/]\s*\d{1,2}\b(?=.{0,20}split)|按时间划分|session", re.I)
-_LOO = re.compile(r"leave[- _]?one[- _]?out|留一", re.I)
+_OTHER_SPLIT = re.compile(r"temporal split|time[- ]based split|global (?:temporal|time)|ratio split|\b\d{1,2}\s*[:/]\s*\d{1,2}\s*[:/]\s*\d{1,2}\b(?=.{0,20}split)|按时间划分|session", re.I | re.A)
+_LOO = re.compile(r"leave[- _]?one[- _]?out|留一", re.I | re.A)
 
 def too_short(report, limits=THRESHOLDS):
     "D02: a shortest or average user with too few events for leave-one-out."
@@ -115,7 +115,7 @@ def mixed_stages(report, limits=THRESHOLDS):
     stated = {name: [f for f in report.named(name, proposal=None) if not f.about and f.value > 100 and f.high is None] for name in ("users", "items", "rows")}
     same = {n: f[0] for n, f in stated.items() if any(same_count(x.value, row[n]) for x in f)}
     other = {n: f[0] for n, f in stated.items() if f and n not in same and n != "rows"}
-    if not same or not other or re.search(r"before filtering|after filtering|过滤前|过滤后", report.doc.prose, re.I): return []
+    if not same or not other or re.search(r"before filtering|after filtering|过滤前|过滤后", report.doc.prose, re.I | re.A): return []
     n, f = next(iter(other.items()))
     said = ", ".join(f"{x.value:,.0f} {k} (unfiltered, as published)" for k, x in same.items() if k != n)
     return [finding("D15", "W", f"{f.value:,.0f} {n} (filtered; {public} has {row[n]:,}) with {said}", "Take all counts after the last filter: embeddings of dropped items are never trained, and shares of the catalogue come out wrong.", f.value, row[n], report.at(f.line))]

@@ -19,10 +19,11 @@ from .facts import METRIC, metric_name, read_report
 from .read import numbers
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-4
-_SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|ground|relevant)|basket|80\s*[:/]\s*20 split|lightgcn|matrix factori[sz]ation|多目标|多个目标物品", re.I)
+_SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|ground|relevant)|basket|80\s*[:/]\s*20 split|lightgcn|matrix factori[sz]ation|多目标|多个目标物品", re.I | re.A)
 
 def rows(report):
     "[[Fact]]: measured values of one ranking; a group that names a metric twice with two values is no row and left out."
+    if "_rows" in report.__dict__: return report._rows
     groups = {}
     for f in report.metrics: groups.setdefault((f.group, f.split, f.epoch, f.variant), []).append(f)
     out = []
@@ -30,6 +31,7 @@ def rows(report):
         values = {}
         for f in group: values.setdefault(f.name, set()).add(round(f.value, 9))
         if all(len(v) == 1 for v in values.values()): out.append(list({f.name: f for f in group}.values()))
+    report.__dict__["_rows"] = out
     return out
 
 def as_row(facts): return {f.name: f.value for f in facts}
@@ -44,16 +46,17 @@ def several_targets(report, facts):
     row = as_row(facts)
     for f in facts:
         if f.metric == "Recall" and (abs(row.get(f"HR@{f.k}", f.value) - f.value) > 2 * f.unit or abs(row.get(f"Precision@{f.k}", f.value / f.k) * f.k - f.value) > (f.k + 1) * f.unit): return True
-    return _SEVERAL.search(report.doc.prose) is not None
+    if "_several" not in report.__dict__: report.__dict__["_several"] = bool(_SEVERAL.search(report.doc.prose))
+    return report.__dict__["_several"]
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-6
-_FULL = re.compile(r"full[- _]?(?:rank|sort|catalog|item|eval)|['\"]full['\"]|\bmode['\"]?\s*[:=]\s*full|(?:all|entire|whole|complete) (?:the )?(?:items|catalog\w*|item set)|over the catalog|over all [\d,]+|全库|全量(?:排序|评估|物品)|全排序|全物品|全部物品", re.I)
-_SAMPLED = re.compile(r"\b(?:uni|pop)[-_ ]?(\d+)\b|(\d+)\s*(?:random(?:ly)?|sampled|uniform(?:ly)?|popular|popularity)?[- ]*(?:sampled |drawn )?negatives?\b|sampled (?:metrics|evaluation|ranking)|(\d+)\s*个(?:随机)?负(?:样本|例)|采样评估", re.I)
-_BOTH = re.compile(r"\bvs\b|\bor\b|或|还是|versus", re.I)
+_FULL = re.compile(r"full[- _]?(?:rank|sort|catalog|item|eval)|['\"]full['\"]|\bmode['\"]?\s*[:=]\s*full|(?:all|entire|whole|complete) (?:the )?(?:items|catalog\w*|item set)|over the catalog|over all [\d,]+|全库|全量(?:排序|评估|物品)|全排序|全物品|全部物品", re.I | re.A)
+_SAMPLED = re.compile(r"\b(?:uni|pop)[-_ ]?(\d+)\b|(\d+)\s*(?:random(?:ly)?|sampled|uniform(?:ly)?|popular|popularity)?[- ]*(?:sampled |drawn )?negatives?\b|sampled (?:metrics|evaluation|ranking)|(\d+)\s*个(?:随机)?负(?:样本|例)|采样评估", re.I | re.A)
+_BOTH = re.compile(r"\bvs\b|\bor\b|或|还是|versus", re.I | re.A)
 
 def full_ranking(report):
     "Line number where the report says that the whole catalogue is ranked, else None."
-    return next((l.no for l in report.doc.lines if _FULL.search(l.text) and not (_BOTH.search(l.text) and _SAMPLED.search(l.text)) and not re.search(r"loss|softmax|损失", l.text, re.I)), None) or _in_table(report, _FULL)
+    return next((l.no for l in report.doc.lines if _FULL.search(l.text) and not (_BOTH.search(l.text) and _SAMPLED.search(l.text)) and not re.search(r"loss|softmax|损失", l.text, re.I | re.A)), None) or _in_table(report, _FULL)
 
 def _in_table(report, pattern): return next((no for t in report.doc.tables for no, cells in t.rows if pattern.search(" ".join(cells))), None)
 
@@ -62,7 +65,7 @@ def stated_candidates(report):
     f = report.count("eval_negatives", proposal=False)
     if f and f.high is None: return int(f.value) + 1, f.line
     for l in report.doc.lines:
-        m = re.search(r"\b(?:uni|pop)[-_ ]?(\d+)\b|@\d+\[(?:uni|pop)(\d+)\]", l.text, re.I)
+        m = re.search(r"\b(?:uni|pop)[-_ ]?(\d+)\b|@\d+\[(?:uni|pop)(\d+)\]", l.text, re.I | re.A)
         if m: return int(m[1] or m[2]) + 1, l.no
     return None, None
 
@@ -95,7 +98,7 @@ def protocol(report, limits=THRESHOLDS):
     return [_unstated(report)]
 
 def _only_training(report):
-    return not any(f.name == "eval_negatives" for f in report.facts) and not any(_SAMPLED.search(l.text) and re.search(r"evaluat|rank|test|valid|评估|评测|验证|测试", l.text, re.I) and not _BOTH.search(l.text) for l in report.doc.lines)
+    return not any(f.name == "eval_negatives" for f in report.facts) and not any(_SAMPLED.search(l.text) and re.search(r"evaluat|rank|test|valid|评估|评测|验证|测试", l.text, re.I | re.A) and not _BOTH.search(l.text) for l in report.doc.lines)
 
 def _beyond(report, m, line, stated, f, limits):
     "The card for K >= M, with the sentence that misreads it."
@@ -110,7 +113,7 @@ def _unstated(report):
     f = report.metrics[0]
     n = report.count("cases")
     public, row = known_set(report)
-    rise = largest_step(report) if public and not n else None
+    rise = largest_step(report) if public and not n and not report.count("users") else None
     worth = ""
     if rise:
         a, b = rise
@@ -205,7 +208,7 @@ def _resting(report, row, broken):
 # %% ../../nbs/lint/04_rankings.ipynb #cell-18
 def case_lattice(report, limits=THRESHOLDS):
     "R02: the number of cases that the printed hit rates allow, held against the number that is claimed."
-    if re.search(r"±|\+/-|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I): return []
+    if re.search(r"±|\+/-|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I | re.A): return []
     hits = [f for f in report.metrics if f.metric in ("HR", "Recall") and 0 < f.value < 1 and not several_targets(report, [f])]
     if len({f.variant for f in hits if f.kind == "metric"} & {f.variant for f in hits if re.search(r"\s", f.variant)}) > 1: return []
     units = {}
@@ -234,7 +237,8 @@ def _by_lattice(report, values, unit, found, said, limits):
     g = round(1 / unit) // cases
     smaller = [f"{c:,}" for c in (cases // 4, cases // 2) if cases % 4 == 0 and not fits_cases(values, unit, c)]
     claim = f", not {said[0]:,} {said[2]} (line {said[1]})" if said[0] else ""
-    message = f"{_printed(found)} hit rates ({len(values)} distinct) are multiples of {1 / cases:.2%}: {cases:,} cases{claim}" + (f"; {' and '.join(smaller)} cases do not fit" if smaller else "") + f"; chance under a fine grid {g}^-{len(values)}"
+    what = found[0].metric if len({f.metric for f in found}) == 1 else "hit-rate"
+    message = f"{_printed(found)} {what} values ({len(values)} distinct) are multiples of {1 / cases:.2%}: {cases:,} cases{claim}" + (f"; {' and '.join(smaller)} cases do not fit" if smaller else "") + f"; chance under a fine grid {g}^-{len(values)}"
     return [finding("R02", "W" if said[0] else "I", message, f"Say how the {cases:,} cases were chosen; standard errors follow from them, not from the number of users.", cases, said[0], report.at(said[1] or found[0].line))]
 
 def _by_fit(report, values, unit, found, said, limits):
@@ -259,7 +263,7 @@ def _by_split(report, split):
     "{key: {name: Fact}}: values of a split, by epoch, or by group where no epoch is named."
     out = {}
     for f in report.metrics:
-        if f.split == split: out.setdefault((f.epoch if f.epoch is not None else f.group, "" if re.search(r"valid|test|val|验证|测试|epoch", f.variant, re.I) else f.variant), {}).setdefault(f.name, f)
+        if f.split == split: out.setdefault((f.epoch if f.epoch is not None else f.group, "" if re.search(r"valid|test|val|验证|测试|epoch", f.variant, re.I | re.A) else f.variant), {}).setdefault(f.name, f)
     return out
 
 def test_is_validation(report, limits=THRESHOLDS):
@@ -277,15 +281,15 @@ def test_is_validation(report, limits=THRESHOLDS):
 def _no_test(report, tests, valids):
     "The card for validation values without a test value of the same model."
     mixed = {f.group[:2] for f in report.metrics if f.split == "test" and f.group[:1] == ("table",)} & {f.group[:2] for f in report.metrics if f.split == "valid" and f.group[:1] == ("table",) and f.variant}
-    own = [f for t in tests.values() for f in t.values() if f.group[:2] not in mixed]
-    said = next((l.no for l in report.doc.lines if re.search(r"仅有验证集|补充测试集|no test (?:set )?(?:result|value|metric)|only (?:on )?validation|test (?:set )?(?:not|never) evaluated", l.text, re.I)), None)
+    own = [f for t in tests.values() for f in t.values() if f.group[:2] not in mixed] or not report.named("best_epoch", proposal=False)
+    said = next((l.no for l in report.doc.lines if re.search(r"仅有验证集|补充测试集|no test (?:set )?(?:result|value|metric)|only (?:on )?validation|test (?:set )?(?:not|never) evaluated", l.text, re.I | re.A)), None)
     chosen = [f for t in valids.values() for f in t.values() if f.epoch is not None]
     if own or not report.doc.is_report or not chosen: return []
     n = len({(f.name, f.epoch) for f in chosen})
     return [finding("R03", "W", f"{n} validation values and no test value{f' (line {said} says so)' if said else ''}: what is shown is the selection", "Evaluate the chosen epoch once on the test split and print that.", 0, 1, report.at(chosen[0].line))]
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-24
-_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank|position))\s*(?:[≈=:~]|of|is|was|为|在|第|about|around)*\s*", re.I)
+_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank|position))\s*(?:[≈=:~]|of|is|was|为|在|第|about|around)*\s*", re.I | re.A)
 
 def mean_rank(report, limits=THRESHOLDS):
     "R04: an average rank that is 1/MRR."
@@ -293,9 +297,10 @@ def mean_rank(report, limits=THRESHOLDS):
     out = []
     for l in report.doc.lines:
         m = _MEAN_RANK.search(l.text)
-        if not m or re.search(r"harmonic|调和", l.text, re.I): continue
+        if not m or re.search(r"harmonic|调和", l.text, re.I | re.A): continue
         n = next((n for n in numbers(l.text) if n.start >= m.start() and n.start - m.end() in (-1, 0, 1) and n.high is None), None)
-        f = n and next((f for f in mrr.values() if abs(n.value - 1 / f.value) <= n.unit / 2 + f.unit / f.value ** 2), None)
+        here = [metric_name(x) for x in METRIC.finditer(l.text)]
+        f = n and next((f for f in sorted(mrr.values(), key=lambda f: f.name not in here) if abs(n.value - 1 / f.value) <= n.unit / 2 + f.unit / f.value ** 2), None)
         if f and n.value > 1: out.append(_harmonic(report, l, n, f))
     return out
 
@@ -308,10 +313,10 @@ def _harmonic(report, line, n, mrr):
     else:
         hits = max((f for f in facts if f.metric in ("HR", "Recall")), key=lambda f: f.k, default=None)
         said = f"the mean rank is at least {mean_rank_floor(hits.value, 0, 0, hits.k):.2f}, since {1 - hits.value:.1%} stand beyond {hits.k}" if hits else "the mean rank is larger, and the printed values do not say by how much"
-    return finding("R04", "W", f"{n.text} is 1/{mrr.name}, a harmonic mean of ranks; {said}", "Print the mean or median rank from the ranks themselves, or call the number harmonic.", n.value, 1 / mrr.value, report.at(line.no))
+    return finding("R04", "W", f"{n.value:g} is 1/{mrr.name}, a harmonic mean of ranks; {said}", "Print the mean or median rank from the ranks themselves, or call the number harmonic.", n.value, 1 / mrr.value, report.at(line.no))
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-27
-_UNTRAINED = re.compile(r"untrained|before training|random(?:ly)? init\w*|初始化|训练前|未训练|\bat init", re.I)
+_UNTRAINED = re.compile(r"untrained|before training|random(?:ly)? init\w*|初始化|训练前|未训练|\bat init", re.I | re.A)
 
 def untrained(report, limits=THRESHOLDS):
     "C10: a hit rate before training that is better than chance."

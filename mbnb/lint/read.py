@@ -119,7 +119,7 @@ class Table:
 
     def column(self, pattern):
         "Index of the first column whose header matches, or None."
-        return next((j for j, h in enumerate(self.header) if re.search(pattern, h, re.I)), None)
+        return next((j for j, h in enumerate(self.header) if re.search(pattern, h, re.I | re.A)), None)
 
 _RULE = re.compile(r"[\s|+:=\-─━═┄┌┐└┘├┤┬┴┼┏┓┗┛┣┫┳┻╋┡┩╇╔╗╚╝╠╣╦╩╬]+")
 
@@ -136,7 +136,7 @@ def _cells(text, kind):
     cells = re.split(r"\s{2,}", t)
     return cells if len(cells) > 1 else None
 
-_HEADER = re.compile(r"@\s?\d|\b(?:epoch|users?|items?|model|metric|dataset|loss|ndcg|recall|mrr|hr)\b|指标|模型|数据集|轮次|用户", re.I)
+_HEADER = re.compile(r"@\s?\d|\b(?:epoch|users?|items?|model|metric|dataset|loss|ndcg|recall|mrr|hr)\b|指标|模型|数据集|轮次|用户", re.I | re.A)
 _PROGRESS = re.compile(r"\d+%\s*\||\bit/s|\bs/it\b")
 _LIST = re.compile(r"\s*(?:[-*+]|\d+[.)])\s")
 
@@ -181,6 +181,10 @@ class Line:
     code: bool = False
     block: int = 0
     heading: bool = False
+    titled: bool = False        # whether the first heading is the document's title
+
+    @property
+    def sections(self): return self.headings[1:] if self.titled else self.headings
 
 @dataclass
 class Document:
@@ -229,6 +233,8 @@ def parse(text, name="text"):
 class _State:
     "Where the reader stands: headings, leads with their depth, fence, block."
     def __init__(self): self.heads, self.leads, self.inner, self.code, self.block, self.gap = [], [], "", False, 0, False
+    @property
+    def titled(self): return bool(self.heads) and self.heads[0][0] == 1
     def flip(self): self.code, self.inner, self.block = not self.code, "", self.block + 1
     def line(self, no, text, table=False):
         head = None if self.code or table else _HEADING.match(text)
@@ -236,14 +242,14 @@ class _State:
         if not text.strip(): self.block, self.gap = self.block + 1, True; return None
         if not self.code: self._close(text, table)
         lead = " / ".join([w for _, w in self.leads] + [self.inner] * bool(self.inner))
-        made = Line(no, text, tuple(h for _, h in self.heads), lead, self.code, self.block)
+        made = Line(no, text, tuple(h for _, h in self.heads), lead, self.code, self.block, titled=self.titled)
         if not table: self._remember(text)
         self.gap = False
         return made
     def _heading(self, no, depth, words):
         self.heads = [(d, h) for d, h in self.heads if d < depth] + [(depth, words)]
         self.leads, self.inner, self.block = [], "", self.block + 1
-        return Line(no, words, tuple(h for _, h in self.heads), "", False, self.block, True)
+        return Line(no, words, tuple(h for _, h in self.heads), "", False, self.block, True, self.titled)
     def _depth(self, text): return 2 * (len(text) - len(text.lstrip())) + bool(_LIST.match(text))
     def _close(self, text, table):
         "Drop the leads that this line no longer belongs to."
