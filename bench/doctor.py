@@ -68,4 +68,8 @@ blocks = [child(sys.executable, Path(__file__).name, "--side", "blocks", *given)
 seconds = {side: statistics.median(r[side] for r in blocks) for side in ("alone", "watched")}
 share = statistics.median(r["watched"] / r["alone"] - 1 for r in blocks)
 told = child(sys.executable, Path(__file__).name, "--side", "throughout", *given)
-print(json.dumps({"bench": "doctor", "data": a.data, "model": a.model, "threads": a.threads, "steps": a.steps, **seconds, "share": share, **told}))
+print(
+    json.dumps(
+        {"bench": "doctor", "data": a.data, "model": a.model, "threads": a.threads, "steps": a.steps, **seconds, "share": share, **told}
+    )
+)

@@ -27,7 +27,7 @@ from pathlib import Path
 from .events import MbnbError
 from .evaluators import stats
 from .plots import verdict_table
-from .runs import Run, RunError, RunFolder, differences, flat, load_run, ranks_file, read_json
+from .runs import Run, RunError, RunFolder, differences, flat, load_run, ranks_file
 from .writers import fold, line, missing, stack, table_block
 from .zoo import nearest
 
@@ -95,7 +95,8 @@ def read_entry(run):
     "A run folder or a `Run` -> Entry; what is damaged makes its state 'unreadable' with the reason."
     run = run if isinstance(run, Run) else load_run(run)
     try:
-        entry = Entry(run, run.config, run.status, run.result, None if run.cards is None else [c for c in run.cards if not c.get("muted")])
+        cards = run.cards
+        entry = Entry(run, run.config, run.status, run.result, cards and [c for c in cards if not c.get("muted")])
         tables = [entry.config] + ([entry.result[k] for k in ("test", "fingerprints", "baselines")] if entry.result is not None else [])
         if not all(isinstance(t, dict) for t in tables): raise RunError(f"{run.id}: config.json or a part of result.json is no table; evaluate the run again")
     except (RunError, AttributeError, KeyError, TypeError) as e: return Entry(run, status={"state": "unreadable", "reason": f"{type(e).__name__}: {e}" if not isinstance(e, RunError) else str(e)})

@@ -29,7 +29,7 @@ import numpy as np
 
 from .plots import (MARKS, WORDS, Curves, curves_of, epoch_rows, fragment, html_facts, html_table, number, part, rule_rows, run_facts, settings, short, speak,
                         split_word, stages_of, state_words, suffix_of, svg_curves, thin, when)
-from .runs import RESULT_KEYS, Run, RunError, flat, list_runs, load_run, ranks_file, read_json, write_atomic
+from .runs import RESULT_KEYS, Run, RunError, list_runs, load_run, ranks_file, write_atomic
 
 # %% ../nbs/23_report.ipynb #cell-5
 PHRASES = WORDS | {

@@ -58,7 +58,7 @@ def test_an_error_stops_the_run_before_its_first_step(tmp_path):
 def test_warn_runs_all_the_same_and_marks_the_run_invalid(tmp_path):
     said = []
     made = run(tmp_path, said.append, doctor="warn", **WRONG)
-    assert any("E D09" in line for line in said) and "(invalid)" in read_entry(made).badge + " (invalid)" and "1 E" in read_entry(made).badge
+    assert any("E D09" in line for line in said) and "1 E" in read_entry(made).badge
     write_report(made)
     assert "THE DOCTOR MARKS THIS RUN AS INVALID: D09" in (made.path / "report.md").read_text()
 
@@ -69,8 +69,14 @@ def test_a_muted_card_lets_the_run_go_on_and_stays_recorded(tmp_path):
     assert made.config["mute"] == "D09" and made.config["thresholds"]["D09.least"] == .9
 
 
-@pytest.mark.parametrize("given, said", [("doctor.mute=D99", "D99.*which is no check"), ("doctor.D03.paddin=.5", "D03.paddin is no threshold; those of D03: D03.padding"),
-                                         ("doctor.D03.padding=much", "expected a number")])
+REFUSED = [
+    ("doctor.mute=D99", "D99.*which is no check"),
+    ("doctor.D03.paddin=.5", "D03.paddin is no threshold; those of D03: D03.padding"),
+    ("doctor.D03.padding=much", "expected a number"),
+]
+
+
+@pytest.mark.parametrize("given, said", REFUSED)
 def test_unknown_names_are_refused_before_anything_is_written(tmp_path, given, said):
     with pytest.raises(DoctorError, match=said): run(tmp_path, more=given)
     assert not list(tmp_path.glob("*"))
@@ -135,7 +141,8 @@ def test_the_command_line_looks_at_a_run_and_at_parameters(tmp_path, capsys):
     made = run(tmp_path)
     status, out, _ = call(capsys, "doctor", made.id, "--runs-dir", tmp_path, "--json")
     found = json.loads(out)
-    assert status == 0 and {"D03", "C11", "T01", "R01"} <= {c["id"] for c in found} and {"id", "severity", "line", "message", "value", "threshold"} <= set(found[0])
+    assert status == 0 and {"D03", "C11", "T01", "R01"} <= {c["id"] for c in found}
+    assert {"id", "severity", "line", "message", "value", "threshold"} <= set(found[0])
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(dict(dataset="toyshop-tiny", set=f"{SMALL} {WRONG['more']}")))
     status, out, _ = call(capsys, "doctor", file, "--stage", "D")
@@ -153,7 +160,7 @@ def test_a_run_without_the_doctor_is_looked_at_later(tmp_path):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("model", ["sasrec", pytest.param("gear", marks=pytest.mark.slow), pytest.param("mbht", marks=pytest.mark.slow), pytest.param("mgpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["sasrec", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gear", "mbht", "mgpt"))])
 def test_every_model_on_retail_beh_carries_its_findings(shared_data, monkeypatch, model):
     monkeypatch.setenv("MBNB_DATA", str(shared_data))
     found = {c.id: c for c in doctor(configure(model=model, dataset="retail_beh"))}

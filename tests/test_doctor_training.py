@@ -126,7 +126,8 @@ def test_a_fault_and_its_clean_twin(id):
 
 
 def test_without_input_a_check_is_skipped_never_fine():
-    nothing = [T.spike([]), T.step_time([]), T.noise(1, 1, math.nan), T.loss_down_metric_flat([], [], 0.1), T.overfit(None, []), T.below_rule(1, {}, 9, 9)]
+    nothing = [T.spike([]), T.step_time([]), T.noise(1, 1, math.nan), T.loss_down_metric_flat([], [], 0.1), T.overfit(None, [])]
+    nothing += [T.below_rule(1, {}, 9, 9)]
     nothing += [T.auxiliary({}, {}), T.dead({}, []), T.update_ratio({}), T.experts([]), T.embedding_collapse(np.zeros((0, 4)))]
     nothing += [T.popularity_collapse(np.zeros((0, 10)), 100), T.loader(0, 0), T.memory(0, 0), T.undertrained([], 0.1)]
     assert {c.severity for c in nothing} == {"skipped"}
@@ -269,17 +270,21 @@ def test_lr_zero_moves_nothing(shop):
 
 
 def test_lr_of_a_million(shop):
-    "F26: the loop refuses a loss that is no number, and T01 says so; where numbers stay finite, T10 and the loss do."
+    "F26: the loop refuses a loss that is no number before the weights have seen it, and T01 says so."
     stage = Stage(epochs=3, patience=0, lr=1e6)
-    watch = watch_of(shop, [stage], share=0.5)
-    model, found = small(shop), []
-    try:
-        found = train(shop, model, [stage], watch)[0] + watch.finish()
-    except FitError as e:
-        found = [T.nonfinite("nan", "the loss", [1, 2], step=watch.steps + 1, lr=1e6)]
-        assert "cases" in str(e)
-    wrong = {c.id: c for c in found if c.severity in ("E", "I")}
-    assert "T01" in wrong or "T10" in wrong
+    watch, model = watch_of(shop, [stage]), small(shop)
+    with pytest.raises(FitError, match="weights are unchanged") as refused:
+        train(shop, model, [stage], watch)
+    card = T.nonfinite("nan", "the loss", [76, 142], step=watch.steps + 1, lr=1e6)
+    assert "nan" in str(refused.value) and all(p.isfinite().all() for p in model.parameters())
+    assert card.severity == "E" and "on cases 76, 142" in card.message and card.patch == {"lr": 5e5}
+
+
+def test_a_loss_that_explodes(shop):
+    stage = Stage(epochs=2, patience=0, lr=1e2)
+    watch = watch_of(shop, [stage])
+    cards, _ = train(shop, small(shop), [stage], watch)
+    assert the(cards, "T02").severity == "W" and the(watch.finish(), "T10").severity == "I"
 
 
 def test_a_broken_weight_is_named(shop):
@@ -293,8 +298,9 @@ def test_a_broken_weight_is_named(shop):
         model.blocks[0].up.weight[0, 0] = math.nan
     (card,) = watch.step(record | {"step": 4}, model)
     assert card.id == "T01" and card.severity == "E" and "blocks.0.up" in card.message and "step 4" in card.message
-    assert [c.id for c in watch.step(record | {"step": 5, "loss": math.nan}, model)] == []      # told once
-    assert the(watch.finish(), "T01").severity == "E" if any(c.id == "T01" for c in watch.finish()) else watch.told["T01"].severity == "E"
+    assert [c.id for c in watch.step(record | {"step": 5, "loss": math.nan}, model)] == []  # told once
+    watch.finish()
+    assert watch.told["T01"] == card
 
 
 class Drawing(SASRec):
@@ -346,9 +352,6 @@ def test_a_resumed_watched_run_ends_with_the_same_bits(shop):
     watch = watch_of(shop, [stage], share=1.0)
     watch.replay(records)
     assert watch.steps == 20
-    torch_state = torch.get_rng_state()
-    torch.manual_seed(99)
-    torch.set_rng_state(torch_state)
     train(shop, again, [stage], watch, state=state)
     assert all(torch.equal(whole.state_dict()[k], again.state_dict()[k]) for k in whole.state_dict())
 
@@ -401,15 +404,15 @@ def test_the_worse_replaces_and_nothing_is_told_twice():
     for i in range(140):
         cards += watch.step(record | {"step": i + 1, "seconds": 1.0 if i < 60 else 4.5 if i < 100 else 14.0})
     assert [c.severity for c in cards if c.id == "T03"] == ["W", "E"]
-    assert "T03" in {c.id for c in watch.finish()} or watch.told["T03"].severity == "E"
-    assert not watch.finish()
+    watch.finish()
+    assert watch.told["T03"].severity == "E" and sorted(watch.told) == IDS and not watch.finish()
 
 
 def test_epochs_tell_in_time(shop):
     stage = Stage(epochs=20, patience=0)
     watch, told = T.Watch(stages=[stage], rules={"pop": 0.2}), []
     for e in range(-1, 20):
-        record = {"kind": "epoch", "stage": "fit", "epoch": e, "step": e * 9, "best_epoch": e, "value": 0.1 + 0.001 * (e % 2), "error": 0.01}
+        record = {"stage": "fit", "epoch": e, "step": e * 9, "best_epoch": e, "value": 0.1 + 0.001 * (e % 2), "error": 0.01}
         if e >= 0:
             record |= {"loss": 9 * 0.98**e, "train_seconds": 2.0, "eval_seconds": 1.0}
         told += [(c.id, e) for c in watch.epoch(record)]
@@ -418,20 +421,21 @@ def test_epochs_tell_in_time(shop):
     assert final["T14"].severity == "I" and final["T06"].message.startswith("plateau") and final["T04"].severity == "I"
     passed = T.Watch(stages=[stage], rules={"pop": 0.2})
     for e in range(20):
-        passed.epoch({"kind": "epoch", "stage": "fit", "epoch": e, "step": e, "best_epoch": e, "value": 0.1 + 0.01 * e, "error": 0.001, "loss": 3.0})
-    assert passed.told["T07"].severity == "W" and the(passed.finish(), "T07").severity == "ok"       # it was, and is no longer
+        passed.epoch({"stage": "fit", "epoch": e, "step": e, "best_epoch": e, "value": 0.1 + 0.01 * e, "error": 0.001, "loss": 3.0})
+    assert passed.told["T07"].severity == "W" and the(passed.finish(), "T07").severity == "ok"  # it was, and is no longer
 
 
 def test_a_finished_run_is_judged_from_its_lines():
     lines = [{"kind": "rules", "table": {"pop": {"NDCG@10": 0.3}, "oracle": {"NDCG@10": 0.9}}}]
     for e in range(8):
-        steps = [(e * 20 + i + 1, 3.0 - 0.1 * e) for i in range(20)]
-        lines += [{"kind": "step", "stage": "fit", "epoch": e, "step": s, "loss": x, "rows": 64, "lr": 1e-3, "seconds": 0.1, "wait": 0.05} for s, x in steps]
+        step = {"kind": "step", "stage": "fit", "epoch": e, "loss": 3.0 - 0.1 * e, "rows": 64, "lr": 1e-3, "seconds": 0.1, "wait": 0.05}
+        lines += [step | {"step": e * 20 + i + 1} for i in range(20)]
         row = {"value": 0.1 * min(e, 2), "error": 0.01, "loss": 3.0 - 0.1 * e, "best_epoch": 2, "train_seconds": 2.0, "eval_seconds": 1.0}
         lines.append({"kind": "epoch", "stage": "fit", "epoch": e, "step": e * 20 + 20} | row)
     cards = {c.id: c for c in T.check_training(json.loads(json.dumps(lines)), [Stage(epochs=8)])}
     assert sorted(cards) == IDS
-    assert cards["T07"].severity == "W" and "rule pop" in cards["T07"].message and cards["T15"].severity == "I" and "50%" in cards["T15"].message
+    assert cards["T07"].severity == "W" and "rule pop" in cards["T07"].message
+    assert cards["T15"].severity == "I" and "50%" in cards["T15"].message
     assert cards["T14"].message.startswith("best epoch 2, 15.0 s and 5 epochs") and cards["T05"].severity == cards["T02"].severity == "ok"
 
 
@@ -440,8 +444,7 @@ def test_the_watch_is_cheap(shop):
     stage = Stage(epochs=8, patience=0)
     watch = watch_of(shop, [stage])
     train(shop, small(shop), [stage], watch)
-    first = {k: v for k, v in watch.cost.items()}
-    assert watch.spent["update"] <= 2 * first["update"] + watch.share / 3 * watch.train + 0.05
+    assert watch.spent["update"] <= watch.share / 3 * watch.train + 0.05
     record = {"stage": "fit", "epoch": 0, "loss": 2.0, "rows": 16, "seconds": 0.01, "wait": 0.0, "lr": 1e-3}
     watch, model = T.Watch(), nn.Linear(1, 1)
     watch.due["update"] = math.inf

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import binom, norm
 
 from .. import checks
-from . import THRESHOLDS, fine, finding, grade, limits, skipped, worst_first
+from . import THRESHOLDS, fine, finding, grade, skipped
 from ..fit import Diverged, make_optimizer, partition, start_fabric, steps_per_epoch, train_step
 from ..sequences import batch_rows, collate
 

@@ -46,7 +46,8 @@ class Spikes:
 
     def see(self, loss, rows=1, step=None):
         self.seen += 1
-        hit = self.bound is not None and loss > self.bound[0] + self.bound[1] and self._over(loss, rows, self.seen if step is None else step)
+        if self.bound is None: self.bound = loss, max(9 * abs(loss), 1e-6), max(1, rows)
+        hit = loss > self.bound[0] + self.bound[1] and self._over(loss, rows, self.seen if step is None else step)
         self.losses.append(loss); self.rows.append(rows)
         if self.seen % self.every == 0 and len(self.losses) >= self.least: self._renew()
         return hit
@@ -69,10 +70,10 @@ class Spikes:
 # %% ../../nbs/doctor/03_training.ipynb #cell-10
 def spike_card(spikes):
     "T02: what a `Spikes` has seen."
-    if spikes.seen < spikes.least: return skipped("T02", f"{spikes.seen} steps; a rolling median needs {spikes.least}")
+    if spikes.seen < spikes.least and not spikes.count: return skipped("T02", f"{spikes.seen} steps; a rolling median needs {spikes.least}")
     if not spikes.count: return fine("T02", f"none of {spikes.seen:,} steps stands out")
     over, step, loss, middle = spikes.worst
-    return finding("T02", "W", f"{spikes.count:,} of {spikes.seen:,} steps stand far above their neighbors; the worst, step {step:,}, has a loss of {loss:.4g} where {middle:.4g} is the median of the steps before",
+    return finding("T02", "W", f"{spikes.count:,} of {spikes.seen:,} steps stand far above their neighbors; the worst, step {step:,}, has a loss of {loss:.4g} where {middle:.4g} was usual before",
                    "Set fit.clip=1 or lower the learning rate; if it is always the same step of an epoch's data, look at its cases.", value=loss, threshold=middle, evidence=f"step {step}")
 
 def spike(losses, rows=None, limits=THRESHOLDS):
@@ -126,13 +127,13 @@ class Pace:
 # %% ../../nbs/doctor/03_training.ipynb #cell-20
 @patch
 def _slow(self: Pace, step):
-    "The newest step is slow: alone, or as one of five?"
-    seconds, usual, *clues = self.last[-1]
-    if seconds > self.error * usual and seconds - usual > self.single: return self._note("W", seconds / usual, seconds - usual, step, step, self._why([self.last[-1]]), seconds)
-    if self.seen < self.first + 5: return False
-    ratio, lost = sorted(s / u for s, u, *_ in self.last)[2], sum(s - u for s, u, *_ in self.last)
-    if ratio <= self.warn or lost < self.least: return False
-    return self._note(grade(ratio, W=self.warn, E=self.error), ratio, lost, step - 4, step, self._why(self.last), sorted(s for s, *_ in self.last)[2])
+    "The newest step is slow: as one of five, or alone?"
+    if self.seen >= self.first + 5:
+        ratio, lost = sorted(s / u for s, u, *_ in self.last)[2], sum(s - u for s, u, *_ in self.last)
+        if ratio > self.warn and lost >= self.least: return self._note(grade(ratio, W=self.warn, E=self.error), ratio, lost, step - 4, step, self._why(self.last), sorted(s for s, *_ in self.last)[2])
+    seconds, usual, *_ = self.last[-1]
+    if seconds <= self.error * usual or seconds - usual <= self.single: return False
+    return self._note("W", seconds / usual, seconds - usual, step, step, self._why([self.last[-1]]), seconds)
 
 @patch
 def _why(self: Pace, steps):

@@ -50,6 +50,8 @@ _AGAINST = re.compile(r"对比|相比|\bvs\b|\bversus\b|compar", re.I | re.A)
 _PROPOSAL = re.compile(r"建议|改进|方案|优化(?!器|目标)|尝试|可选|下一步|后续|propos|suggest|recommend(?:ation|ed|s)?\b(?! system)|improvements?\b|next steps?|future work|\btry\b|\bto do\b|\btodo\b", re.I | re.A)
 _CURRENT = re.compile(r"当前|目前|现在|现有|\bcurrent(?:ly)?\b|\bnow\b|\bas run\b|\bused\b", re.I | re.A)
 
+_FOUND = re.compile(r"发现|结论|诊断|findings?|conclusions?|diagnos", re.I | re.A)     # a heading of results and advice heads results too
+
 def plans(words): return bool(_PLAN.search(words)) and not _AGAINST.search(words)
 
 def is_plan(label, line):
@@ -60,7 +62,7 @@ def is_proposal(line):
     "Whether the line gives advice; a nearer \"current\" wins."
     near = f"{line.lead.rpartition(' / ')[2]}"
     if _CURRENT.search(near) and not _PROPOSAL.search(near): return False
-    return any(_PROPOSAL.search(w) for w in [line.text.partition("#")[0], line.lead, *line.sections])
+    return any(_PROPOSAL.search(w) and not _FOUND.search(w) for w in [line.text.partition("#")[0], line.lead, *line.sections])
 
 SPLITS = {"valid": re.compile(r"valid|(?<![a-z])val(?![a-z])|(?<![a-z])dev(?![a-z])|验证", re.I | re.A), "test": re.compile(r"(?<![a-z])test|测试(?!难度)", re.I | re.A), "train": re.compile(r"(?<![a-z])train(?:ing)?(?:[ _-]|$)|训练(?:集|损失)", re.I | re.A)}
 

@@ -208,7 +208,7 @@ def _resting(report, row, broken):
 # %% ../../nbs/lint/04_rankings.ipynb #cell-18
 def case_lattice(report, limits=THRESHOLDS):
     "R02: the number of cases that the printed hit rates allow, held against the number that is claimed."
-    if re.search(r"±|\+/-|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I | re.A): return []
+    if re.search(r"\d\s*(?:±|\+/-)\s*\.?\d|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I | re.A): return []
     hits = [f for f in report.metrics if f.metric in ("HR", "Recall") and 0 < f.value < 1 and not several_targets(report, [f])]
     if len({f.variant for f in hits if f.kind == "metric"} & {f.variant for f in hits if re.search(r"\s", f.variant)}) > 1: return []
     units = {}
