@@ -1,5 +1,5 @@
 """What the doctor costs the run it watches: the loop of `mbnb.fit` on the toy shop, SASRec small, with `mbnb.doctor.training.Watch` fed as a run feeds it in every other block of
-20 steps, and nobody looking in between. Seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
+20 steps, and nobody looking in between. Processor seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
 in processes of their own; the watch's rare looks are in `told`, the share of the training time that it has measured of itself in a run watched throughout. One JSON line."""
 
 import argparse
@@ -39,7 +39,7 @@ def one_side(throughout, steps, threads, data, model):
         on, is_step = throughout or made // 20 % 2 == 1, record["kind"] == "step"
         if on:
             watch.step(record, net) if is_step else watch.epoch(record, net)
-        now = time.perf_counter()
+        now = time.process_time()
         if is_step:
             made += 1
             if last is not None:

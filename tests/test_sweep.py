@@ -116,7 +116,7 @@ def check_runs(folder, table):
     "Are these runs of the page, each with the settings of its row?"
     for name, width in zip(table.run, table["model.d_model"]):
         run = load_run(folder / name)
-        assert run.config["resolved"]["model"] == {"d_model": width} and (run.path / "train.ipynb").exists()
+        assert run.config["resolved"]["model"]["d_model"] == width and (run.path / "train.ipynb").exists()
         assert run.environment["variables"]["OMP_NUM_THREADS"] == "1"
         assert run.metrics.query("kind == 'epoch'").epoch.tolist() == list(range(-1, run.config["epochs"])), "each epoch once"
 

@@ -143,7 +143,8 @@ def _why(self: Pace, steps):
 @patch
 def _note(self: Pace, severity, ratio, lost, start, stop, why, seconds):
     "Count it; True if it is graver than what was known."
-    if why in ("work", "unknown") and not self.alike: severity = "I"
+    wide = sorted(u for _, u, *_ in self.last)[len(self.last) // 2] > 1.5 * self.usual        # attention costs more than its slots
+    if why in ("work", "unknown") and (wide or not self.alike): severity = "I"
     self.events += 1; self.lost += lost if start == stop else lost / 5
     rank = lambda e: (-SEVERITIES.index(e[0]), e[1])
     new = self.worst is None or SEVERITIES.index(severity) < SEVERITIES.index(self.worst[0])

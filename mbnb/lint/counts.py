@@ -115,6 +115,7 @@ def mixed_stages(report, limits=THRESHOLDS):
     stated = {name: [f for f in report.named(name, proposal=None) if not f.about and f.value > 100 and f.high is None] for name in ("users", "items", "rows")}
     same = {n: f[0] for n, f in stated.items() if any(same_count(x.value, row[n]) for x in f)}
     other = {n: f[0] for n, f in stated.items() if f and n not in same and n != "rows"}
+    if "items" in other and "rows" not in same: del other["items"]          # rare items can go while every user stays
     if not same or not other or re.search(r"before filtering|after filtering|过滤前|过滤后", report.doc.prose, re.I | re.A): return []
     n, f = next(iter(other.items()))
     said = ", ".join(f"{x.value:,.0f} {k} (unfiltered, as published)" for k, x in same.items() if k != n)

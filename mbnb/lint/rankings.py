@@ -245,6 +245,7 @@ def _by_fit(report, values, unit, found, said, limits):
     n, (public, row) = said[0], known_set(report)
     limit, k = round(1 / unit), len(values)
     if n and n < limit:
+        if said[2] == "users" and fits_cases(values, unit, n - 1): return []            # a library that counts the pad as a user
         if not fits_cases(values, unit, n):
             fit, chance = smallest_cases(values, unit)
             better = f"; {fit:,} is the smallest number that fits" if fit and chance < limits["R02.chance"] else ""

@@ -54,6 +54,7 @@ def clean(line):
     "One line without colors, emphasis and code marks, full-width signs made plain; of an overwritten line the last state."
     if "\r" in line: line = next((p for p in reversed(line.split("\r")) if p.strip()), "")
     line = _COLOR.sub("", line[:LONGEST]).translate(_PLAIN).replace("**", "").replace("`", "").replace("\ufe0f", "")
+    if line.rstrip().endswith("\\\\") and "&" in line: line = "| " + re.sub(r"\\(?:textbf|underline|mathbf|emph)\{([^{}]*)\}|\$", r"\1", line.rstrip()[:-2]).replace("\\%", "%").replace("&", "|") + " |"
     return re.sub(r"\[(?:INFO|WARNING)\s*\]", "", line).rstrip()
 
 # %% ../../nbs/lint/01_read.ipynb #cell-11
@@ -123,7 +124,7 @@ class Table:
 
 _RULE = re.compile(r"[\s|+:=\-─━═┄┌┐└┘├┤┬┴┼┏┓┗┛┣┫┳┻╋┡┩╇╔╗╚╝╠╣╦╩╬]+")
 
-def is_rule(text): return len(text.strip()) > 2 and _RULE.fullmatch(text) is not None
+def is_rule(text): return re.fullmatch(r"\s*\\(?:hline|toprule|midrule|bottomrule)\s*", text) is not None or len(text.strip()) > 2 and _RULE.fullmatch(text) is not None
 
 def _cells(text, kind):
     "Cells of one line, or None if it is no row of that kind."
