@@ -1,9 +1,10 @@
 """What the doctor costs the run it watches: the loop of `mbnb.fit` on the toy shop, SASRec small, with `mbnb.doctor.training.Watch` fed as a run feeds it in every other block of
-20 steps, and nobody looking in between. Processor seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
+20 steps, and nobody looking in between; then the other way round, for blocks differ in the lengths of their rows. Processor seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
 in processes of their own; the watch's rare looks are in `told`, the share of the training time that it has measured of itself in a run watched throughout. One JSON line."""
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from _peers import child
 
 
-def one_side(throughout, steps, threads, data, model):
+def one_side(throughout, parity, steps, threads, data, model):
     "Train `steps` steps and tell what one took."
     import numpy as np
     import torch
@@ -36,7 +37,7 @@ def one_side(throughout, steps, threads, data, model):
     judged = lambda model: {"value": 0.0, "error": 1.0}
     wall, last, made = {False: [], True: []}, None, 0
     for record in fit(net, losses, sequences, config.stages, config.fit, judged, state):
-        on, is_step = throughout or made // 20 % 2 == 1, record["kind"] == "step"
+        on, is_step = throughout or made // 20 % 2 == parity, record["kind"] == "step"
         if on:
             watch.step(record, net) if is_step else watch.epoch(record, net)
         now = time.process_time()
@@ -54,6 +55,7 @@ def one_side(throughout, steps, threads, data, model):
 
 ap = argparse.ArgumentParser()
 ap.add_argument("--side", choices=("blocks", "throughout"))
+ap.add_argument("--parity", type=int, default=0, help="which blocks are watched")
 ap.add_argument("--steps", type=int, default=800)
 ap.add_argument("--repeats", type=int, default=3)
 ap.add_argument("--threads", type=int, default=1)
@@ -61,12 +63,12 @@ ap.add_argument("--data", default="toyshop")
 ap.add_argument("--model", default="sasrec")
 a = ap.parse_args()
 if a.side:
-    print(json.dumps(one_side(a.side == "throughout", a.steps, a.threads, a.data, a.model)))
+    print(json.dumps(one_side(a.side == "throughout", a.parity, a.steps, a.threads, a.data, a.model)))
     sys.exit()
 given = ["--steps", a.steps, "--threads", a.threads, "--data", a.data, "--model", a.model]
-blocks = [child(sys.executable, Path(__file__).name, "--side", "blocks", *given) for _ in range(a.repeats)]
-seconds = {side: statistics.median(r[side] for r in blocks) for side in ("alone", "watched")}
-share = statistics.median(r["watched"] / r["alone"] - 1 for r in blocks)
+pairs = [[child(sys.executable, Path(__file__).name, "--side", "blocks", "--parity", p, *given) for p in (0, 1)] for _ in range(a.repeats)]
+seconds = {side: statistics.median(r[side] for pair in pairs for r in pair) for side in ("alone", "watched")}
+share = statistics.median(math.prod(r["watched"] / r["alone"] for r in pair) ** 0.5 - 1 for pair in pairs)  # each block was on both sides
 told = child(sys.executable, Path(__file__).name, "--side", "throughout", *given)
 print(
     json.dumps(

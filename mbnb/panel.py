@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import anywidget
@@ -31,9 +31,9 @@ from IPython.display import HTML, display
 from fastcore.basics import patch
 from scipy.signal import lfilter
 
-from .datasets import names as data_names
+from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, clock_text, make_config, preset_of
+from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, clock_text, make_config, preset_of
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
 from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request
@@ -71,7 +71,8 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     chosen = preset_of(cls, model, preset)
     make = cls.Config if preset == "published" else getattr(cls.Config, preset)
     sizes = [f.name for f in fields(cls.Config) if f.default is MISSING]
-    config, stage = make(**dict.fromkeys(sizes, 10)), chosen["stages"][0]
+    advice = advised(find_row(dataset), preset)
+    config, stage = replace(make(**dict.fromkeys(sizes, 10)), **advice["model"]), chosen["stages"][0] | {k: v for k, v in advice["fit"].items() if k in STAGE_KEYS}
     choices = CHOICES | {"model": list(MODELS), "preset": list(cls.PRESETS), "dataset": list(data_names()), "loss": ["", *[n for n in cls.losses if n in LOSSES]]}
     help = parameter_help()
     run = [_field(k, v, help.get(k), choices.get(k)) for k, v in PARAMETERS.items() if k not in LEFT_OUT]
@@ -81,7 +82,7 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     stages = _defaults(Stage) | stage
     return [{"title": "run", "fields": run}, {"title": f"model {model}", "fields": _of_dataclass("model", cls.Config, {f.name: getattr(config, f.name) for f in fields(config)}, sizes)},
             {"title": f"loss {named}", "fields": _of_dataclass("loss", loss_class(named), _defaults(loss_class(named))) if named in LOSSES else []},
-            {"title": "training", "fields": _of_dataclass("fit", Stage, {k: stages[k] for k in STAGE_KEYS if k not in PARAMETERS}) + _of_dataclass("fit", FitConfig, _defaults(FitConfig) | chosen["fit"], PARAMETERS)},
+            {"title": "training", "fields": _of_dataclass("fit", Stage, {k: stages[k] for k in STAGE_KEYS if k not in PARAMETERS}) + _of_dataclass("fit", FitConfig, _defaults(FitConfig) | chosen["fit"] | advice["fit"], PARAMETERS)},
             {"title": "evaluation", "fields": _of_dataclass("eval", EvalConfig, _defaults(EvalConfig), PARAMETERS)},
             {"title": "doctor", "fields": [_field("doctor", PARAMETERS["doctor"], help.get("doctor"), CHOICES["doctor"]), _field("doctor.mute", "", "ids of cards that are not to be shown as findings: D03 C03")]}]
 
@@ -425,7 +426,7 @@ def check(self: TrainPanel):
         self.chosen.pop("preset", None); self.chosen.pop("loss", None)
         sections = form(names["model"] if names["model"] in MODELS else PARAMETERS["model"], dataset=names["dataset"])
     known = {f["name"] for s in sections for f in s["fields"]}
-    self.chosen = {k: v for k, v in self.chosen.items() if k in known or k in PARAMETERS or k.startswith("doctor.")}
+    self.chosen = {k: v for k, v in self.chosen.items() if k in known or k in PARAMETERS or k.startswith(("doctor.", "data."))}
     for s in sections:
         for f in s["fields"]:
             if f["name"] in self.chosen: f["value"], f["set"] = self.chosen[f["name"]], True

@@ -114,9 +114,17 @@ def on_lines(report):
         if not any(c in text for c in "→>=-") and not re.search(r"to|[到至为]", text): continue
         for p in pairs_on(text):
             if p.claim is None or is_plan(text[:p.a.start], line) or plans(text[:p.claim.end]): continue
-            card = judge(report, p, no, replayed(report, p, line))
+            card = None if _is_setting(text, p) else judge(report, p, no, replayed(report, p, line))
             if card: out.append(card)
     return out
+
+_SIZE = re.compile(r"(?:d_?model|dim\w*|size|layers?|heads?|width|depth|batch|len\w*|patience|negatives|lr|rate|dropout|[层维头])\W*$", re.I | re.A)
+
+def _is_setting(text, p):
+    "Whether a pair is a setting and its percentage the effect: `width 64 → 128 (+1.2%)`, `from 64 to 128 units, a gain of 1.2 %`."
+    whole = p.a.unit == p.b.unit == 1 and p.a.suffix == p.b.suffix == "" and p.a.value < 5000
+    spoken = p.claim.start > p.b.end and "(" not in text[p.b.end:p.claim.start]
+    return verdict(p.claim, possible(p)) == "wrong" and bool(_SIZE.search(text[:p.a.start]) or whole and spoken)
 
 def _texts(report):
     "(text, line number, Line) of all lines and cells."

@@ -14,7 +14,7 @@ from ..doctor import THRESHOLDS, finding
 from .changes import pairs_on, possible, verdict
 from .comparisons import _ABLATED
 from .curves import _scheduler, loss_kind, overfit_claims
-from .facts import curve, is_plan, monitored, read_report
+from .facts import METRIC, curve, is_plan, monitored, read_report
 from .read import numbers
 
 # %% ../../nbs/lint/08_claims.ipynb #cell-4
@@ -30,8 +30,9 @@ class Share:
 
 _CAUSE = re.compile(r"原因|归因|贡献|分解|影响|causes?\b|reasons?\b|contribut|attribut|breakdown|decompos|factors?\b|due to|explain", re.I | re.A)
 _IN_LIST = re.compile(r"(?P<what>\S.{0,60}?)\s*(?:\(\s*(?:(?:影响|贡献|占|约|about|impact|effect|contribution)\s*)*(?P<a>[~+]?\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%[^()]{0,16}\)|[:：]\s*(?:about |约|~)?(?P<b>[+]?\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%\s*(?:$|[,;.(]| of\b))", re.A)
-_IN_TEXT = re.compile(r"(?P<n>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%[^.;%]{0,60}?(?:\bdue to\b|because of|caused by|attribut(?:able|ed) to|comes? from|stems? from|explained by|来自|归因于|由于|归功于)\s*(?P<what>[^.,;%]{2,40})"
-                      r"|(?P<what2>[^.,;:%]{2,40}?)\s*(?:accounts? for|contributes?|is responsible for|explains?|贡献了?|占|导致了?)\s*(?:about|roughly|约|大约|~)?\s*[+]?(?P<n2>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%(?!\s*(?:of (?:the )?(?:users|items|data|rows|events|interactions|memory|time|parameters)|的?(?:用户|物品|数据|参数|时间|显存)))", re.I | re.A)
+_GAIN = r"(?:\s*of (?:the |this |that |our |its |total |overall )*(?:\w+ ){0,2}?(?:gain|improvement|drop|loss|difference|gap|decrease|increase|decline|rise|error|performance|variance|effect|advantage|lift)s?\b|(?!\s*(?:of\b|的)))"
+_IN_TEXT = re.compile(r"(?P<n>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%" + _GAIN + r"[^.;%]{0,40}?(?:\bdue to\b|because of|caused by|attribut(?:able|ed) to|comes? from|stems? from|explained by|来自|归因于|由于|归功于)\s*(?P<what>[^.,;%]{2,40})"
+                      r"|(?P<what2>[^.,;:%]{2,40}?)\s*(?:accounts? for|contributes?|is responsible for|explains?|贡献了?|解释了?)\s*(?:about|roughly|约|大约|~)?\s*[+]?(?P<n2>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%" + _GAIN.replace("|的", "|的(?!.{0,6}(?:提升|下降|差距|改善))"), re.I | re.A)
 
 def shares(report):
     "[Share] of lists under a causal lead (two or more items), and of sentences that name a cause."
@@ -40,7 +41,7 @@ def shares(report):
         if l.heading: continue
         m = _IN_LIST.search(re.sub(r"^\s*(?:[-*+]|\d+[.)])\s*", "", l.text))
         around = " ".join([l.lead, *l.sections[-1:]])
-        if m and (_CAUSE.search(around) or re.search(r"\(\s*(?:影响|贡献|impact|contribution)", l.text, re.I | re.A)):
+        if m and not METRIC.search(m["what"]) and (_CAUSE.search(around) or re.search(r"\(\s*(?:影响|贡献|impact|contribution)", l.text, re.I | re.A)):
             low, _, high = re.sub(r"[~+\s]", "", m["a"] or m["b"]).partition("-")
             lists.setdefault((l.block, l.lead), []).append(Share(m["what"].strip(" *:-"), float(low), float(high or low), l.no, (l.block, l.lead), " ".join(l.sections[-1:]) if _CAUSE.search(l.lead) else ""))
             continue
@@ -84,13 +85,19 @@ def settings_twice(report):
     "A setting in use, a count or the best epoch with two values."
     out = []
     pool = [f for f in report.facts if not f.plan and not f.proposal and not f.mark and f.high is None and not f.variant and not f.about and not _OTHERS.search(f.context) and f.epoch is None]
-    for name in _SETTINGS | {"best_epoch", "users", "items", "rows"}:
+    keys = {}
+    for f in report.facts: keys.setdefault(_home(f), set()).add(f.name)
+    for name in sorted(_SETTINGS | {"best_epoch", "users", "items", "rows"}):
         found = [f for f in pool if f.name == name and (f.kind != "setting" or f.group[:1] != ("line",)) and (f.kind != "setting" or not _scheduler(report, f) or name != "patience")]
         if name in ("users", "items", "rows"): found = [f for f in found if f.group[:1] != ("line",) and not (found and abs(f.value - found[0].value) == 1)]
         if name == "best_epoch": found = _same_sort(report, found)
         two = _firsts(found[:60])
-        if two: out.append(_two(report, name.replace("_", " "), *two))
+        if two and len(keys[_home(two[0])] & keys[_home(two[1])]) < 2: out.append(_two(report, name.replace("_", " "), *two))
     return out
+
+def _home(f):
+    "The table or block that a fact stands in. Two that share several settings are two configurations, and may differ."
+    return f.group[:2] if f.group else ("line", f.line)
 
 def _same_sort(report, found):
     "Best epochs of one curve: left out where the text chooses by several metrics or models."

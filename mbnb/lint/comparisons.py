@@ -61,7 +61,7 @@ def _apart(report, t):
         others = {k for n, p in places.items() if n != name for k in p}
         if not own.keys() & others:
             where, no = next(iter(own.items()))
-            return [finding("R07", "E", f"{name} is shown on {where}, the other {len(places) - 1} models on {', '.join(sorted(others))}: 1 column, 2 scales", "Evaluate the models on the same data, split and candidates, or drop the comparison.", where, ", ".join(sorted(others)), report.at(no))]
+            return [finding("R07", "E", f"{name} is shown on {where}, the other {len(places) - 1} model{'s' * (len(places) > 2)} on {', '.join(sorted(others))}: 1 column, 2 scales", "Evaluate the models on the same data, split and candidates, or drop the comparison.", where, ", ".join(sorted(others)), report.at(no))]
     return []
 
 def _sections(report):
@@ -158,6 +158,8 @@ def one_run(report, limits=THRESHOLDS):
 _DERIVED = re.compile(r"(?:总|模型)?参数(?:总)?量?$|总参数|param(?:eter)?s?\b|size \(mb\)|模型大小|时间|时长|速度|耗时|time|speed|memory|显存|内存|flops", re.I | re.A)
 _ABLATED = re.compile(r"ablat|消融|one (?:change|setting) at a time|单独(?:改变|修改)|w/o\b|逐[一个]", re.I | re.A)
 
+_VERSION = re.compile(r"base|\bold\b|\bnew\b|before|after|prev|current|propos|default|orig|\brun\b|\bexp|\bv\d|version|config|\bours?\b|tuned|improved|版|基线|旧|新|原|之前|之后|当前|改进|默认|实验|配置", re.I | re.A)
+
 def settings_changed(report, limits=THRESHOLDS):
     "C17: settings that differ between two neighboring columns of a configuration table."
     if _ABLATED.search(report.doc.prose): return []
@@ -165,7 +167,7 @@ def settings_changed(report, limits=THRESHOLDS):
     for t in report.doc.tables:
         if not t.header or not _PARAM.search(t.header[0].strip()): continue
         columns = [j for j, h in enumerate(t.header) if j and not _NOTE.search(h) and not _CHANGE.search(h) and h and not re.fullmatch(r"类型|type|单位|unit", h, re.I | re.A)]
-        pairs = [(a, b, _differing(t, a, b)) for a, b in zip(columns, columns[1:])]
+        pairs = [(a, b, _differing(t, a, b)) for a, b in zip(columns, columns[1:]) if _VERSION.search(t.header[a]) or _VERSION.search(t.header[b])]
         a, b, rows = max(pairs, key=lambda p: (len(p[2]), p[0]), default=(0, 0, []))
         if len(rows) > limits["C17.groups"]: out.append(_changed(report, t, a, b, rows, limits))
     return out

@@ -65,7 +65,8 @@ def _average(report, s, name, of, limits):
     low, high = (rows.value - rows.unit / 2 * (rows.unit > 1)) / n.value, (rows.value + rows.unit / 2 * (rows.unit > 1)) / (n.value - 1)
     gap = max(low - (a.value + a.unit / 2), (a.value - a.unit / 2) - high)
     if gap <= 1e-9 or gap / a.value <= limits["D01.average"]: return None
-    fits = f"{math.ceil(rows.value / (a.value + a.unit / 2)):,}-{math.floor(rows.value / (a.value - a.unit / 2)):,}"
+    ends = math.ceil(rows.value / (a.value + a.unit / 2)), math.floor(rows.value / (a.value - a.unit / 2))
+    fits = f"{ends[0]:,}-{ends[1]:,}" if ends[0] < ends[1] else f"{round(rows.value / a.value):,}"
     return finding("D01", "E", f"{a.text} x {n.value:,.0f} {of} = {a.value * n.value:,.0f} rows, not {rows.value:,.0f}; {a.text} fits {fits} {of}",
                    "Count users, items and rows once, after the last filter, and compute the averages from these.", a.value, rows.value / n.value, report.at(a.line))
 

@@ -184,6 +184,8 @@ def minutes_in(text):
     if m[3]: return float(m[3]), 10. ** -len(m[3].partition(".")[2])
     return float(m[4]) * 1440, 1440.
 
+_USED = re.compile(r".*\b(?:used?|using|with|uses|sets?|has|had|was trained with)\s+(?:a |an |the )?", re.I | re.A)
+
 def pair_facts(line):
     "Facts of `label: number` pairs that are no metrics."
     out = []
@@ -192,7 +194,7 @@ def pair_facts(line):
     for m in _PAIR.finditer(line.text):
         label = m["label"]
         if "@" in line.text[max(0, m.start() - 1):m.start()] or METRIC.search(line.text[m.start():m.end()]): continue
-        kind = classify(label)
+        kind = classify(_USED.sub("", label)) if _USED.match(label) else classify(label)
         if kind is None: continue
         if ns is None: ns = numbers(line.text)
         n = next((n for n in ns if n.start == m.end()), None)

@@ -19,7 +19,7 @@ from .facts import METRIC, metric_name, read_report
 from .read import numbers
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-4
-_SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|ground|relevant)|basket|80\s*[:/]\s*20 split|lightgcn|matrix factori[sz]ation|多目标|多个目标物品", re.I | re.A)
+_SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|ground|relevant)|basket|80\s*[:/]\s*20 split|lightgcn|['\"]RS['\"]|matrix factori[sz]ation|多目标|多个目标物品", re.I | re.A)
 
 def rows(report):
     "[[Fact]]: measured values of one ranking; a group that names a metric twice with two values is no row and left out."
@@ -137,7 +137,7 @@ def identities(report, limits=THRESHOLDS):
     "R01: rows whose HR/Recall, NDCG and MRR cannot come from one ranking."
     out, (m, _) = [], stated_candidates(report)
     for facts in rows(report):
-        if len(facts) < 2 or len({f.metric for f in facts}) < 2 and len(facts) < 3: continue
+        if len(facts) < 2: continue
         card = _broken(report, facts, m, several_targets(report, facts))
         if card and not any(c.message == card.message for c in out): out.append(card)
     return out
@@ -290,7 +290,7 @@ def _no_test(report, tests, valids):
     return [finding("R03", "W", f"{n} validation values and no test value{f' (line {said} says so)' if said else ''}: what is shown is the selection", "Evaluate the chosen epoch once on the test split and print that.", 0, 1, report.at(chosen[0].line))]
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-24
-_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank|position))\s*(?:[≈=:~]|of|is|was|为|在|第|about|around)*\s*", re.I | re.A)
+_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank|position))\s*(?:[≈=:~]|of|is|was|为|在|第|约|大约|about|around|approximately)*\s*", re.I | re.A)
 
 def mean_rank(report, limits=THRESHOLDS):
     "R04: an average rank that is 1/MRR."

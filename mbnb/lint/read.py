@@ -143,7 +143,7 @@ _LIST = re.compile(r"\s*(?:[-*+]|\d+[.)])\s")
 
 def _kind(first, second):
     "Which sort of table two lines begin, or None."
-    if is_rule(first): return "pipe" if "|" in second and first.lstrip()[:1] in "|+┌┏╔" and first.lstrip()[:1] else None
+    if is_rule(first): return "pipe" if "|" in second and first.lstrip()[:1] in "|+┌┏╔\\" else None
     if "|" in first and not _LIST.match(first) and not _PROGRESS.search(first):
         if is_rule(second) and ("|" in second or "-" in second) or first.lstrip().startswith("|") and second.lstrip().startswith("|"): return "pipe"
     if not _HEADER.search(first) or ":" in first: return None
@@ -203,8 +203,8 @@ class Document:
         return self.__dict__.setdefault("_prose", "\n".join([*(l.text for l in self.lines), *("\n".join([" | ".join(t.header)] + [" | ".join(c) for _, c in t.rows]) for t in self.tables)]))
     @property
     def is_report(self):
-        "Whether someone wrote it: headings and prose. A pasted table or log is a fragment, and cannot be asked for what it leaves out."
-        return sum(l.heading for l in self.lines) >= 2
+        "Whether someone wrote it: headings and a dozen lines. A pasted table or log is a fragment, and cannot be asked for what it leaves out."
+        return sum(l.heading for l in self.lines) >= 2 and len(self.lines) + sum(len(t.rows) for t in self.tables) >= 12
 
 _HEADING = re.compile(r"\s{0,3}(#{1,6})\s+(.*)")
 _FENCE = re.compile(r"\s*(?:```|~~~)")

@@ -257,3 +257,40 @@ def test_titles_with_a_script_are_text(lab):
         assert any(BAD in t for t in text), "the name is shown as it is"
         assert not tab.locator("img[src=x]").count() and tab.title() != "taken"
         tab.close()
+
+
+def own_panel(lab, file, call):
+    "The panel's page with a call of its own in the last cell."
+    lab.page(file, "panel.ipynb")
+    page = json.loads((lab.folder / file).read_text())
+    page["cells"][-1]["source"] = [f"show_errors_short()\npanel = {call}\npanel"]
+    (lab.folder / file).write_text(json.dumps(page))
+
+
+def test_preflight_tells_what_is_wrong_and_blocks_the_start(lab):
+    wrong = "data.target=buy doctor.D09.least=.9 model.d_model=16 eval.bootstrap=50"         # a bound that no shop keeps
+    own_panel(lab, "preflight.ipynb", f'TrainPanel(runs_dir="pre", dataset="toyshop-tiny", epochs=1, set="{wrong}")')
+    tab = lab.open("preflight.ipynb")
+    lab.run_all(tab)
+    tab.wait_for_selector(".mbnb-command")
+    start = tab.get_by_role("button", name="Start", exact=True)
+    press(tab, "Preflight")
+    tab.wait_for_selector(".mbnb-card.E", timeout=90_000)
+    assert start.is_disabled() and "D09" in tab.locator(".mbnb-card.E").inner_text()
+    tab.locator(".mbnb-card.E summary").click()
+    tab.wait_for_timeout(1500)                                      # two updates later it is still open
+    assert "why it matters" in tab.locator(".mbnb-card.E").inner_text()
+    lab.shot(tab.locator(".mbnb").first, "preflight")
+    tab.get_by_label("run anyway").check()
+    wait_command(tab, "doctor warn")
+    assert start.is_enabled()
+    press(tab, "Start")
+    wait_state(tab, "done")
+    tab.get_by_role("tab", name="Doctor").click()
+    assert tab.locator(".mbnb-tab .mbnb-card.E").count() == 1
+    tab.get_by_label("Mute in the next fork D09").click()
+    tab.wait_for_selector("text=For the next fork:")
+    lab.shot(tab.locator(".mbnb").first, "doctor-tab")
+    press(tab, "Fork from best")
+    wait_command(tab, "doctor.mute=D09")
+    tab.close()
