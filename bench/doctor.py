@@ -1,6 +1,7 @@
 """What the doctor costs the run it watches: the loop of `mbnb.fit` on the toy shop, SASRec small, with `mbnb.doctor.training.Watch` fed as a run feeds it in every other block of
-20 steps, and nobody looking in between; then the other way round, for blocks differ in the lengths of their rows. Processor seconds of a step are medians over the blocks of a kind (the loop's own bookkeeping included, evaluation not), medians again over repeats
-in processes of their own; the watch's rare looks are in `told`, the share of the training time that it has measured of itself in a run watched throughout. One JSON line."""
+20 steps, and nobody looking in between; then the other way round, for blocks differ in the lengths of their rows. Processor seconds of a step are medians over the steps of a kind
+(the loop's own bookkeeping included, evaluation not), medians again over repeats in processes of their own; the watch's rare looks are in `told`, the share of the training time
+that it has measured of itself in a run watched throughout. One JSON line."""
 
 import argparse
 import json

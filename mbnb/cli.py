@@ -125,7 +125,7 @@ def do_runs(args):
     if not len(table): return print(f"no runs in {args.folder}")
     print(table[["run", "state", "model", "dataset", "NDCG@10", "minutes", "reason"]].to_string(index=False, na_rep="-", float_format="{:.4g}".format))
 
-def show_cards(cards, where, as_json):
+def show_cards(cards, where, as_json=False):
     "Prints the cards {file or run: [Card]}, as a list of dicts or a line each; -> exit code: 1 where one of them is an E that is not muted."
     if as_json: print(json.dumps([c.to_dict() | {"line": line_of(c), "file": name} for name, found in cards.items() for c in found], ensure_ascii=False, indent=1))
     else:
@@ -143,10 +143,13 @@ def line_of(card):
 def do_doctor(args):
     "The doctor's cards of a run, of a file of parameters, or of `-p` pairs before they are run."
     from mbnb.experiment import PARAMETERS, configure, doctor, saved_parameters
-    if args.what and (Path(args.what).is_file() or args.what.endswith(".json")): target = configure(**saved_parameters(read_json(args.what)))
-    elif args.what: target = folder_of(args.what, args.runs_dir)
-    else: target = configure(**read_parameters(args.p, PARAMETERS))
-    return show_cards({args.what or "these parameters": doctor(target, args.stage)}, "doctor of", args.json)
+    def target(what): return configure(**saved_parameters(read_json(what))) if what.endswith(".json") else folder_of(what, args.runs_dir)
+    if not args.what: return show_cards({"these parameters": doctor(configure(**read_parameters(args.p, PARAMETERS)), args.stage)}, "doctor of", args.json)
+    cards = {what: doctor(target(what), args.stage) for what in args.what}
+    if len(cards) > 1:
+        from mbnb.doctor.across import check_runs
+        cards["all of them together"] = check_runs([folder_of(what, args.runs_dir) for what in cards])
+    return show_cards(cards, "doctor of", args.json)
 
 def do_lint(args):
     "The linter's cards of reports that somebody wrote."
@@ -192,7 +195,7 @@ def make_parser():
         help="sets a parameter of the page, as papermill does; repeat it for more")
     command(do_runs, "the runs of a folder").add_argument("folder", nargs="?", default="runs", help="folder of runs (default: runs)")
     doctor = command(do_doctor, "what the doctor says of a run, or of parameters before they are run; exit code 1 where it finds an error")
-    doctor.add_argument("what", nargs="?", default="", metavar="RUN|CONFIG", help="id of a run or its folder, or a .json file of parameters (such as a config.json); without it: the -p pairs")
+    doctor.add_argument("what", nargs="*", metavar="RUN|CONFIG", help="id of a run or its folder, or a .json file of parameters (such as a config.json); several runs are compared as well; without it: the -p pairs")
     doctor.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="sets a parameter, as `mbnb train` does")
     doctor.add_argument("--stage", default="", metavar="DCTR", help="only these checks: D data, C configuration, T training, R result")
     lint = command(do_lint, "checks reports that somebody wrote (markdown, logs, tables); exit code 1 where it finds an error")

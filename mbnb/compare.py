@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'QUIET', 'ALLOWED', 'TOKEN', 'ORACLES', 'LEAST_CASES', 'MOST_PAIRS', 'CompareError', 'example_run',
-           'example_runs', 'Entry', 'read_entry', 'read_runs', 'Sheet', 'finite', 'make_sheets', 'protocol_facts',
-           'differing_fields', 'same_sheet', 'settings_of', 'metrics_of', 'run_row', 'run_frame', 'varying', 'telling',
-           'short_names', 'column_of', 'parse_filter', 'filter_runs', 'lower_is_better', 'sort_runs', 'fold_runs',
-           'rule_values', 'standing', 'run_table', 'read_literature', 'literature_block', 'read_metric', 'ranks_of',
-           'case_values', 'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions', 'seed_lines', 'tests_table',
-           'verdict_block', 'pairs_table', 'slices_of', 'slice_frame', 'load_data', 'path_masks', 'data_masks',
-           'both_ranks', 'largest_changes', 'rank_table', 'user_card', 'reevaluate']
+           'example_runs', 'Entry', 'read_entry', 'read_runs', 'Sheet', 'finite', 'make_sheets', 'differing_fields',
+           'same_sheet', 'settings_of', 'metrics_of', 'run_row', 'run_frame', 'varying', 'telling', 'short_names',
+           'column_of', 'parse_filter', 'filter_runs', 'lower_is_better', 'sort_runs', 'fold_runs', 'rule_values',
+           'standing', 'run_table', 'read_literature', 'literature_block', 'read_metric', 'ranks_of', 'case_values',
+           'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions', 'seed_lines', 'tests_table', 'verdict_block',
+           'pairs_table', 'slices_of', 'slice_frame', 'load_data', 'path_masks', 'data_masks', 'both_ranks',
+           'largest_changes', 'rank_table', 'user_card', 'reevaluate']
 
 # %% ../nbs/25_compare.ipynb #cell-3
 import copy
@@ -25,6 +25,7 @@ import pandas as pd
 from pathlib import Path
 
 from .events import MbnbError
+from .doctor.across import protocol_facts
 from .evaluators import stats
 from .plots import verdict_table
 from .runs import Run, RunError, RunFolder, differences, flat, load_run, ranks_file
@@ -145,16 +146,9 @@ def make_sheets(entries):
     return dict(sorted(found.items(), key=lambda pair: -len(pair[1].entries)))
 
 # %% ../nbs/25_compare.ipynb #cell-16
-def protocol_facts(entry, protocol):
-    "{field: value}: what a run folder records of a protocol's fingerprint."
-    c, parts, (kind, _, rule) = entry.config, entry.config.get("resolved") or {}, str(protocol).partition("/")
-    judged = parts.get("eval") or {}
-    return {"dataset": c.get("dataset"), "data": str(c.get("data_hash"))[:8], "data options": json.dumps(parts.get("data") or {}, sort_keys=True), "split": str(c.get("split_hash"))[:8], "protocol": kind,
-            "seen filter": rule or judged.get("seen_filter"), "filtered target": judged.get("filtered_target"), "cases": (entry.result or {}).get("n_cases"), **({"seed of the negatives": judged.get("seed")} if kind != "full" else {})}
-
 def differing_fields(sheets):
     "{fingerprint: Sheet} -> data frame: a row a fingerprint, a column for each recorded field that is not the same on all sheets."
-    facts = {mark: protocol_facts(s.entries[0], s.protocol) for mark, s in sheets.items()}
+    facts = {mark: protocol_facts(s.entries[0].config, s.entries[0].result or {}, s.protocol) for mark, s in sheets.items()}
     apart = [k for k in dict.fromkeys(k for f in facts.values() for k in f) if len({json.dumps(f.get(k)) for f in facts.values()}) > 1]
     return pd.DataFrame([{"fingerprint": mark, "runs": len(sheets[mark].entries), **{k: "" if f.get(k) is None else f[k] for k in apart}} for mark, f in facts.items()])
 
@@ -167,7 +161,7 @@ def same_sheet(a, b, protocol=None):
     for e, mark in zip((a, b), marks):
         if not mark: raise CompareError(f"{e.id} was not judged by {protocol!r}, only by {', '.join(e.result['fingerprints'])}; choose one that both have")
     if marks[0] == marks[1]: return Sheet(marks[0], protocol, [a, b])
-    table = differences(*(protocol_facts(e, protocol) for e in (a, b)))
+    table = differences(*(protocol_facts(e.config, e.result or {}, protocol) for e in (a, b)))
     told = "; ".join(f"{k}: {x} and {y}" for k, x, y in table.itertuples(index=False)) or "none that the run folders record (evaluator version, candidate file)"
     raise CompareError(f"{a.id} [{marks[0]}] and {b.id} [{marks[1]}] answer different questions and share no table, chart or test. Fields that differ: {told}")
 

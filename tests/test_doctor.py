@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 import mbnb.experiment as experiment
 from mbnb.cli import main
 from mbnb.compare import read_entry
+from mbnb.datasets import load
 from mbnb.doctor import CHECKS, DoctorError
+from mbnb.events import DataError
 from mbnb.experiment import configure, doctor, run_experiment
 from mbnb.fit import FitError
 from mbnb.report import write_report
@@ -167,3 +169,17 @@ def test_every_model_on_retail_beh_carries_its_findings(shared_data, monkeypatch
     assert "253 of 2,000" in found["D11"].message and "99.3 %" in found["D12"].message and "6.65 %" in found["D13"].message
     assert found["D17"].severity == "W" and "one list of 100" in found["D17"].message
     assert not [c for c in found.values() if c.severity == "E"]
+
+
+@pytest.mark.real_data
+def test_sasrec_on_ml_100k_carries_only_what_is_true(shared_data):
+    try: load("ml-100k")
+    except DataError as e: pytest.skip(f"ml-100k cannot be had here: {e}")
+    found = {c.id: c.message for c in doctor(configure(dataset="ml-100k")) if c.severity in "EW"}
+    assert found.keys() == {"D03", "D08"} and "44.0 % of 943" in found["D08"] and "longer than max_len 50" in found["D03"]
+
+
+@pytest.mark.slow
+def test_the_default_run_carries_neither_error_nor_warning(tmp_path):
+    made = load_run(run_experiment(configure(runs_dir=str(tmp_path)), lambda line: None)["path"])
+    assert not {c["id"]: c["message"] for c in made.cards if c["severity"] in "EW" and c["id"] != "T03"}     # a busy machine is not the run's

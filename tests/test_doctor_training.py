@@ -425,6 +425,13 @@ def test_epochs_tell_in_time(shop):
     assert passed.told["T07"].severity == "W" and the(passed.finish(), "T07").severity == "ok"  # it was, and is no longer
 
 
+def test_epochs_that_are_made_again_count_once():
+    watch = T.Watch()
+    for e in (0, 1, 2, 3, 1, 2):
+        watch.epoch({"stage": "fit", "epoch": e, "step": e, "best_epoch": e, "value": 0.1 * e, "error": 0.01, "loss": 3.0})
+    assert [x["epoch"] for x in watch.epochs] == [0, 1, 2]
+
+
 def test_a_finished_run_is_judged_from_its_lines():
     lines = [{"kind": "rules", "table": {"pop": {"NDCG@10": 0.3}, "oracle": {"NDCG@10": 0.9}}}]
     for e in range(8):

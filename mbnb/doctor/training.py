@@ -597,6 +597,7 @@ def epoch(self: Watch, record, model=None, best_rules=None):
     if best_rules is not None: self.rules = best_rules
     if record["stage"] != self.stage: self._enter(record["stage"])
     if "loss" in record:
+        self.epochs = [e for e in self.epochs if e["epoch"] < record["epoch"]]          # a run that went back makes some of them again
         self.epochs.append({k: record.get(k) for k in ("epoch", "loss", "valid_loss", "value", "error")} | {"seconds": record.get("train_seconds", 0.) + record.get("eval_seconds", 0.)})
         self.ends, self.final = record.get("ends", ""), {"epoch": record["best_epoch"], "step": record["step"]}
         early = len(self.epochs) < self.limits["T07.budget"] * (self._planned() or 0)
