@@ -220,7 +220,7 @@ def test_a_sleep_in_a_step_of_a_run(shop, monkeypatch):
 
     calls, stage = [0], Stage(epochs=4, patience=0)
     watch = watch_of(shop, [stage])
-    pace = T.Pace(watch.limits, alike=False, single=1.0)
+    pace = T.Pace(watch.limits | {"T03.single": 1.0}, alike=False)
     monkeypatch.setattr(T, "Pace", lambda *args, **more: copy.deepcopy(pace))
     cards, _ = train(shop, small(shop), [stage], watch, sleepy)
     assert "T03" in {c.id for c in cards} and "step 30 took" in the(cards, "T03").message and "did not compute" in the(cards, "T03").message

@@ -133,9 +133,9 @@ THRESHOLDS = {
     "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D17.same": .01,
     "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900., "C05.least": 60.,
     "C09.relative": .15, "C10.z": 5., "C11.share": .1, "C11.steps": 300, "C12.change": 1e-5, "C13.change": 1e-6, "C13.steps": 50, "C14.change": 1e-4, "C15.relative": 1e-3, "C17.groups": 1, "C20.times": 5.,
-    "T01.retries": 3, "T02.mad": 6., "T03.warn": 3., "T03.error": 10., "T03.seconds": 1., "T04.se": 2., "T05.loss": .005, "T05.epochs": 5, "T06.epochs": 3, "T06.se": 2., "T07.budget": .2,
-    "T08.norm": 1., "T08.cosine": -.2, "T09.ratio": 1e-6, "T09.steps": 200, "T10.low": 1e-4, "T10.high": 1e-1, "T11.share": 3., "T12.cosine": .9, "T12.rank": .1, "T13.share": .01, "T15.wait": .3,
-    "T16.memory": .9, "T17.se": 1., "R02.chance": .01, "R02.lattice": 1e-6, "R03.shared": 4, "R05.z": .5, "R05.epochs": 4, "R08.pairs": 30, "R09.seeds": 3,
+    "T01.retries": 3, "T02.mad": 6., "T02.window": 100, "T02.least": 50, "T02.tail": 2.5, "T03.warn": 3., "T03.error": 10., "T03.seconds": 1., "T03.single": 5., "T03.first": 50, "T04.se": 2., "T05.loss": .005, "T05.epochs": 5, "T05.risen": 2., "T06.epochs": 3, "T06.se": 2., "T07.budget": .2,
+    "T08.norm": 1., "T08.cosine": -.2, "T08.least": .05, "T09.ratio": 1e-6, "T09.steps": 200, "T10.low": 1e-4, "T10.high": 1e-1, "T11.share": 3., "T11.dead": .01, "T12.cosine": .9, "T12.rank": .1, "T13.share": .01, "T13.lists": 20, "T15.wait": .3,
+    "T16.memory": .9, "T17.se": 1., "T17.scatter": 2., "R02.chance": .01, "R02.lattice": 1e-6, "R03.shared": 4, "R05.z": .5, "R05.epochs": 4, "R08.pairs": 30, "R09.seeds": 3,
 }
 
 class DoctorError(MbnbError):

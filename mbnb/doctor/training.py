@@ -39,8 +39,8 @@ def nonfinite(value, where, cases=(), step=None, retries=0, lr=None, limits=THRE
 # %% ../../nbs/doctor/03_training.ipynb #cell-9
 class Spikes:
     "Losses one by one. `see` says whether this one is a spike; `count` and `worst` (times the bound, step, loss, median) remember."
-    def __init__(self, limits=THRESHOLDS, window=100, least=50, every=10, tail=2.5):
-        self.mad, self.least, self.every, self.tail = limits["T02.mad"], least, every, tail
+    def __init__(self, limits=THRESHOLDS, every=10):
+        self.mad, self.least, self.every, self.tail, window = limits["T02.mad"], limits["T02.least"], every, limits["T02.tail"], int(limits["T02.window"])
         self.losses, self.rows = deque(maxlen=window), deque(maxlen=window)
         self.seen, self.bound, self.count, self.worst = 0, None, 0, None
 
@@ -104,9 +104,9 @@ def cause(lost, wait=0., cpu=None, slept=0., faults=0, swapped=0):
 # %% ../../nbs/doctor/03_training.ipynb #cell-19
 class Pace:
     "Seconds of steps one by one; `see` says whether something new came up. `events` counts slow stretches and steps, `worst` is the gravest of them."
-    def __init__(self, limits=THRESHOLDS, alike=True, single=5., first=50):
-        self.warn, self.error, self.least, self.single = limits["T03.warn"], limits["T03.error"], limits["T03.seconds"], single
-        self.alike, self.first, self.start, self.last = alike, first, [], deque(maxlen=5)
+    def __init__(self, limits=THRESHOLDS, alike=True):
+        self.warn, self.error, self.least, self.single = (limits[f"T03.{name}"] for name in ("warn", "error", "seconds", "single"))
+        self.alike, self.first, self.start, self.last = alike, int(limits["T03.first"]), [], deque(maxlen=5)
         self.seen, self.events, self.lost, self.worst, self.usual, self.usual_size, self.usual_cpu = 0, 0, 0., None, math.inf, 1., 0.
 
     def see(self, seconds, size=None, step=None, wait=0., cpu=None, slept=0., faults=0, swapped=0):
@@ -197,7 +197,7 @@ def loss_down_metric_flat(losses, metric, se, epochs=None, limits=THRESHOLDS):
     if end.sum() < 3: end[:] = True
     down, up = np.polyfit(x[end], y[end], 1)[0] / abs(y[end].mean()), np.polyfit(x[end], m[end], 1)[0] / se
     risen = (m.max() - m[0]) / se
-    if down >= -limits["T05.loss"] or up >= 1 or risen >= 2: return fine("T05", f"loss {down:+.2%} an epoch, metric {up:+.2f} SE an epoch and at most {risen:+.1f} SE from its first value")
+    if down >= -limits["T05.loss"] or up >= 1 or risen >= limits["T05.risen"]: return fine("T05", f"loss {down:+.2%} an epoch, metric {up:+.2f} SE an epoch and at most {risen:+.1f} SE from its first value")
     return finding("T05", "W", f"the loss fell by {-(y[-1] / y[0] - 1):.2%} in {x[-1] - x[0]} epochs while the metric went from {m[0]:.4f} to {m[-1]:.4f} ({(m[-1] - m[0]) / se:+.1f} SE)",
                    "Either one epoch taught all that the metric asks (then a rule may do as well), or what is trained is not what is asked: compare the labels, masks and negatives of the loss with the cases of the evaluation.", up, 1., f"epochs {x[0]}-{x[-1]}")
 
@@ -264,13 +264,13 @@ def gradient_terms(terms, parameters):
     return out
 
 # %% ../../nbs/doctor/03_training.ipynb #cell-45
-def auxiliary(ratio, cosine, limits=THRESHOLDS, least=.05):
+def auxiliary(ratio, cosine, limits=THRESHOLDS):
     """T08: {term: length of its gradient beside main's} and {term: cosine with main's}, numbers or lists of several probes, of which the median counts.
-    The direction of a term shorter than `least` of the main one does not matter."""
+    The direction of a term shorter than `T08.least` of the main one does not matter."""
     if not ratio: return skipped("T08", "the loss has one term, or no probe was made")
     middle = lambda found: {k: float(np.median(v)) for k, v in found.items()}
     ratio, cosine = middle(ratio), middle(cosine)
-    most, heard = max(ratio, key=ratio.get), [k for k in cosine if ratio[k] >= least]
+    most, heard = max(ratio, key=ratio.get), [k for k in cosine if ratio[k] >= limits["T08.least"]]
     against = min(heard or cosine, key=cosine.get)
     text = f"{most} has {ratio[most]:.2g}x the gradient of the main term on shared parameters, and the cosine of {against} with it is {cosine[against]:+.2f}"
     if ratio[most] <= limits["T08.norm"] and (not heard or cosine[against] >= limits["T08.cosine"]): return fine("T08", text, ratio[most], limits["T08.norm"])
@@ -306,7 +306,7 @@ def experts(load, limits=THRESHOLDS):
     "T11: load (E,) of the experts, in any unit."
     x = np.asarray(load, float)
     if len(x) < 2 or not x.sum() > 0: return skipped("T11", "no load of several experts")
-    share, top, unused = x / x.sum(), int(x.argmax()), int((x < .01 * x.mean()).sum())
+    share, top, unused = x / x.sum(), int(x.argmax()), int((x < limits["T11.dead"] * x.mean()).sum())
     text = f"expert {top + 1} of {len(x)} takes {share[top]:.0%} and {unused} take next to nothing"
     if share[top] * len(x) <= limits["T11.share"] and not unused: return fine("T11", text, share[top] * len(x), limits["T11.share"])
     return finding("T11", "W", text, "Add a term that balances the load, or noise at the gate, or use fewer experts.", share[top] * len(x), limits["T11.share"])
@@ -339,7 +339,7 @@ def embedding_collapse(table, limits=THRESHOLDS, most=2000):
 def popularity_collapse(lists, n_items, limits=THRESHOLDS):
     "T13: lists (n,k) of the items recommended to n users, out of `n_items`."
     x = np.asarray(lists)
-    if x.ndim != 2 or len(x) < 20: return skipped("T13", f"lists of {len(x)} users; 20 are needed")
+    if x.ndim != 2 or len(x) < limits["T13.lists"]: return skipped("T13", f"lists of {len(x)} users; {limits['T13.lists']} are needed")
     n, k = x.shape
     distinct, room = len(np.unique(x[x != 0])), min(n_items, k * n)
     text = f"the top {k} of {n:,} users hold {distinct:,} different items of {n_items:,}"
@@ -369,7 +369,7 @@ def memory(peak, total, what="the memory", batch_size=None, accumulate=1, limits
     halved = batch_size and batch_size > 1
     return finding("T16", "W", f"{peak / gib:.1f} of {total / gib:.1f} GiB of {what} were in use ({share:.0%}); the next wide batch may not fit",
                    "Halve batch_size and double fit.accumulate: the gradient is that of the same batch. fit.tokens bounds the slots of a batch.", share, limits["T16.memory"],
-                   patch={"batch_size": batch_size // 2, "fit.accumulate": 2 * accumulate} if halved else {})
+                   patch={"batch_size": batch_size // 2, "set": f"fit.accumulate={2 * accumulate}"} if halved else {})
 
 # %% ../../nbs/doctor/03_training.ipynb #cell-61
 def _read(path):
@@ -394,7 +394,7 @@ def undertrained(metric, se, best=None, ended_by_patience=False, first=0, planne
     if not len(y): return skipped("T17", "no trained epoch")
     best, n = int(y.argmax()) if best is None else best, min(5, len(y))
     b, e = slope(y[-n:])
-    steep = n > 2 and se is not None and se > 0 and b > limits["T17.se"] * se and b > 2 * e
+    steep = n > 2 and se is not None and se > 0 and b > limits["T17.se"] * se and b > limits["T17.scatter"] * e
     if not steep and (best < len(y) - 1 or ended_by_patience): return fine("T17", f"best epoch {first + best} of {first}-{first + len(y) - 1}", b if n > 2 else None)
     rate = f", the last {n} rise by {b:+.4f} an epoch" + (f" ({b / se:.1f} SE)" if se and se > 0 else "") if n > 2 else ""
     return finding("T17", "W", f"epoch {first + best} is the best of {first}-{first + len(y) - 1}{rate}: the curve had not ended", "Train on until patience ends the run; until then its value is a lower bound and compares budgets.", b if n > 2 else None, limits["T17.se"],
