@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'copy_notebooks', 'parameters_of', 'read_value', 'read_parameters', 'folder_of', 'run_folder', 'failure',
-           'run_page', 'train', 'do_train', 'do_runs', 'show_cards', 'line_of', 'do_doctor', 'do_lint', 'do_report',
-           'do_pack', 'do_unpack', 'do_data', 'do_notebooks', 'make_parser', 'main']
+           'run_page', 'train', 'do_train', 'do_runs', 'show_cards', 'do_doctor', 'do_lint', 'do_report', 'do_pack',
+           'do_unpack', 'do_data', 'do_notebooks', 'make_parser', 'main']
 
 # %% ../nbs/27_cli.ipynb #cell-3
 import argparse
@@ -127,18 +127,13 @@ def do_runs(args):
 
 def show_cards(cards, where, as_json=False):
     "Prints the cards {file or run: [Card]}, as a list of dicts or a line each; -> exit code: 1 where one of them is an E that is not muted."
-    if as_json: print(json.dumps([c.to_dict() | {"line": line_of(c), "file": name} for name, found in cards.items() for c in found], ensure_ascii=False, indent=1))
+    if as_json: print(json.dumps([c.to_dict() | {"file": name} for name, found in cards.items() for c in found], ensure_ascii=False, indent=1))
     else:
         for name, found in cards.items():
             print(f"{where} {name}: {tally(found)}")
             for c in found:
                 if c.severity in "EWI": print(f"  {c}{f' [{c.evidence}]' if c.evidence else ''}")
     return int(any(c.severity == "E" and not c.muted for found in cards.values() for c in found))
-
-def line_of(card):
-    "The number behind the last colon of a card's evidence, or None."
-    number = card.evidence.rpartition(":")[2]
-    return int(number) if number.isdigit() else None
 
 def do_doctor(args):
     "The doctor's cards of a run, of a file of parameters, or of `-p` pairs before they are run."

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'GREY', 'WIDE', 'LEGEND', 'DASHED', 'MARKS', 'PAGE', 'Writ
            'missing', 'cell_text', 'shown_cells', 'last_parts', 'table_block', 'safe_cell', 'to_csv', 'md_text',
            'to_markdown', 'to_latex', 'caption_of', 'svg_text', 'svg_marker', 'svg_line', 'svg_scatter', 'svg_heat',
            'svg_axis', 'svg_legend', 'svg_plot', 'svg_parallel', 'to_svg', 'with_captions', 'bundle', 'show', 'to_page',
-           'save_figure', 'save_table']
+           'save_figure', 'refuse_contradictions', 'save_table']
 
 # %% ../nbs/22b_writers.ipynb #cell-3
 import importlib.util
@@ -265,10 +265,17 @@ def _save_png(fig, path, lines):
     try: still.write_image(str(path), width=1000, height=(fig.layout.height or 400) + 14 * len(lines))
     except Exception as e: raise WriteError(f"{path.name}: kaleido could not draw it ({type(e).__name__}: {str(e)[:200]}); {other}") from e
 
+def refuse_contradictions(table, path, caption):
+    "WriteError where the linter finds an error in the table as it would be printed: metrics that no ranking can have together, say."
+    from mbnb.lint import lint_report
+    wrong = [c for c in lint_report(to_markdown(table, caption)) if c.severity == "E"]
+    if wrong: raise WriteError(f"{path.name} is not written: its numbers contradict each other. {wrong[0]}")
+
 def save_table(table, path, caption="", marks=(), **more):
-    "Write a data frame as .csv (`more` as columns), .md, .tex or .html, with its caption. -> path. WriteError for another ending."
+    "Write a data frame as .csv (`more` as columns), .md, .tex or .html, with its caption. -> path. WriteError for another ending, and for a table that the linter calls wrong."
     path = Path(path)
     write = {".csv": lambda: to_csv(table, **more), ".md": lambda: to_markdown(table, caption), ".tex": lambda: to_latex(table, caption, marks), ".html": lambda: to_page([table_block(table, caption)], path.stem)}
     if path.suffix.lower() not in write: raise WriteError(f"{path.name}: a table is written as {', '.join(write)}")
+    refuse_contradictions(table, path, caption)
     path.write_text(write[path.suffix.lower()](), encoding="utf-8")
     return path

@@ -106,9 +106,14 @@ class Card:
     def title(self): return CHECKS[self.id][0]
     @property
     def why(self): return CHECKS[self.id][1]
+    @property
+    def line(self):
+        "Line of a text, where the evidence is \"file:line\", else None."
+        tail = self.evidence.rpartition(":")[2]
+        return int(tail) if tail.isdigit() else None
     def to_dict(self):
-        "What doctor.json holds: the fields, the title and why the check exists."
-        return asdict(self) | {"title": self.title, "why": self.why}
+        "What doctor.json holds: the fields, the line, the title and why the check exists."
+        return asdict(self) | {"line": self.line, "title": self.title, "why": self.why}
 
     def __str__(self):
         head = f"{self.severity} {self.id} {self.title}{' (muted)' if self.muted else ''}: {self.message}"

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ..doctor import THRESHOLDS, finding
-from .changes import pairs_on, possible, verdict
+from .changes import paired, possible, verdict
 from .comparisons import _ABLATED
 from .curves import _scheduler, loss_kind, overfit_claims
 from .facts import METRIC, curve, is_plan, monitored, read_report
@@ -37,7 +37,7 @@ _IN_TEXT = re.compile(r"(?P<n>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%" + 
 def shares(report):
     "[Share] of lists under a causal lead (two or more items), and of sentences that name a cause."
     lists, out = {}, []
-    for l in report.doc.lines:
+    for l in report.doc.unique:
         if l.heading: continue
         m = _IN_LIST.search(re.sub(r"^\s*(?:[-*+]|\d+[.)])\s*", "", l.text))
         around = " ".join([l.lead, *l.sections[-1:]])
@@ -143,8 +143,8 @@ def planned_twice(report):
 def percent_twice(report):
     "One pair with two percentages, each right up to rounding."
     seen, out = {}, []
-    for l in report.doc.lines:
-        for p in pairs_on(l.text) if "%" in l.text else []:
+    for l in report.doc.having(re.compile("%")):
+        for p in paired(report, l):
             if p.claim is None or p.claim.suffix != "%" or p.claim.high is not None or is_plan(l.text[:p.a.start], l): continue
             key = (p.a.value, p.b.value)
             if key not in seen: seen[key] = (p, l.no); continue
@@ -165,7 +165,7 @@ _TITLE = re.compile(r"((?:问题|problem|issue|cause|factor|原因|factor)\s*\d+
 def _causes(report):
     "{'问题 3': title} from headings."
     out = {}
-    for l in report.doc.lines:
+    for l in report.doc.unique:
         m = _TITLE.search(l.text) if l.heading else None
         if m: out.setdefault(re.sub(r"\s+", " ", m[1].lower()), re.sub(r"\(.*?\)", "", m[2]).strip())
     return out

@@ -72,7 +72,7 @@ def _sections(report):
         if j is None or not _metric_columns(t) or t.column(_WHO.pattern) is not None or not heads or not _COMPARED.search(heads[0]): continue
         groups.setdefault(heads[0], []).append((t, {cell_text(c[j]) for _, c in t.rows if j < len(c)}))
     for head, tables in groups.items():
-        claim = next((l for l in report.doc.lines if l.sections[:1] == (head,) and _BETTER.search(l.text)), None)
+        claim = next((l for l in report.doc.unique if l.sections[:1] == (head,) and _BETTER.search(l.text)), None)
         sets = [s for _, s in tables]
         if len(sets) < 2 or not claim or set.intersection(*sets): continue
         foreign, own = tables[0], sets[-1]
@@ -149,7 +149,7 @@ _HEDGE = re.compile(r"如果|若|可能|预期|目标|预计|\bif\b|\bmay\b|\bmi
 def one_run(report, limits=THRESHOLDS):
     "R09: a claim to be better, from one run."
     if not report.metrics or _SEEDS.search(report.doc.prose): return []
-    claim = next((l for l in report.doc.lines if _BETTER.search(l.text) and not _HEDGE.search(l.text) and not is_proposal(l) and not l.code), None)
+    claim = next((l for l in report.doc.unique if _BETTER.search(l.text) and not _HEDGE.search(l.text) and not is_proposal(l) and not l.code), None)
     if not claim: return []
     words = _BETTER.search(claim.text)[0]
     return [finding("R09", "W", f"\"{words}\" (line {claim.no}) rests on 1 run: no second seed and no spread is printed", "Run at least 3 seeds of both, or write \"higher on this run\".", 1, 3, report.at(claim.no))]
@@ -179,7 +179,7 @@ def _differing(t, a, b):
 
 def _changed(report, t, a, b, rows, limits):
     told = {cell_text(r).lower() for _, cells in t.rows for r in cells[:1]}
-    more = [m[1] for l in report.doc.lines if l.code and (m := re.match(r"\s*(\w+)\s*[:=].*#.*(?:增加|减少|降低|提高|increased|decreased|reduced|从\s*\d)", l.text)) and m[1].lower() not in told]
+    more = [m[1] for l in report.doc.unique if l.code and (m := re.match(r"\s*(\w+)\s*[:=].*#.*(?:增加|减少|降低|提高|increased|decreased|reduced|从\s*\d)", l.text)) and m[1].lower() not in told]
     more = [w for w in more if any(x in w for x in ("dropout", "patience", "lr", "decay", "warmup", "weight_decay")) ]
     plus = f" (plus {', '.join(dict.fromkeys(more))})" if more else ""
     return finding("C17", "W", f"{len(rows)} settings changed from {t.header[a]} to {t.header[b]}{plus}: {', '.join(cell_text(r) for r in rows[:8])}; effects not separable", "Change one setting a run, or show a run without each change.", len(rows), limits["C17.groups"], report.at(t.line))

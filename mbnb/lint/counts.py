@@ -11,7 +11,7 @@ import math
 import re
 
 from ..doctor import THRESHOLDS, finding, grade
-from .facts import Report, read_report
+from .facts import COUNTS, read_report
 
 # %% ../../nbs/lint/03_counts.ipynb #cell-4
 PUBLIC = {
@@ -44,7 +44,7 @@ def number_of(report, name):
 def scopes(report):
     "[{name: Fact}]: counts that stand together: a table row, a table column, or the lines of one block."
     groups, blocks = {}, {l.no: l.block for l in report.doc.lines}
-    for f in report.facts:
+    for f in (f for n in COUNTS for f in report.of(n)):
         if f.kind != "count" or f.plan or f.proposal or f.high is not None or f.mark: continue
         key = f.group if f.group[:1] == ("table",) else ("block", blocks.get(f.line))
         groups.setdefault(key, {}).setdefault(f.name, f)

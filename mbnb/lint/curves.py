@@ -13,7 +13,7 @@ import re
 
 from ..doctor import THRESHOLDS, finding
 from ..evaluators.tables import best_of, slope
-from .changes import minutes_total, pairs_on
+from .changes import minutes_total, paired
 from .counts import known_set, number_of
 from .facts import METRIC, curve, metric_name, minutes_in, monitored, read_report
 from .rankings import hit_cases
@@ -50,7 +50,7 @@ def _patience(report, flat):
 
 def _scheduler(report, f):
     "Whether a patience belongs to a learning rate scheduler."
-    return re.search(r"ReduceLR|scheduler|学习率(?:调度|衰减)", f.context + " ".join(l.text for l in report.doc.lines if abs(l.no - f.line) < 6 and l.code)) is not None
+    return re.search(r"ReduceLR|scheduler|学习率(?:调度|衰减)", f.context + " ".join(l.text for l in report.doc.unique if abs(l.no - f.line) < 6 and l.code)) is not None
 
 def patience_cost(report, limits=THRESHOLDS):
     "C05: what patience cost at the end of the run."
@@ -70,7 +70,7 @@ def patience_meaning(report, limits=THRESHOLDS):
     strict = c["flat"] == f.value + 1
     if c["flat"] > f.value + 1: said = f"patience {f.value:.0f} would have stopped after epoch {c['best'] + f.value:.0f} (`>=`) or {c['best'] + f.value + 1:.0f} (`>`), but the run ended at epoch {c['last']}"
     else: said = f"`{'>' if strict else '>='}` {f.value:.0f} stops after {c['flat']} epochs without a new best: epoch {c['last']}, as it did"
-    doubt = next((l.no for l in report.doc.lines if re.search(r"早停(?:失效|策略未|机制未|未能)|early stopping (?:failed|did not (?:work|trigger))", l.text, re.I | re.A)), None)
+    doubt = next((l.no for l in report.doc.unique if re.search(r"早停(?:失效|策略未|机制未|未能)|early stopping (?:failed|did not (?:work|trigger))", l.text, re.I | re.A)), None)
     if doubt and c["flat"] <= f.value + 1: said += f"; early stopping worked, against line {doubt}"
     return [finding("C06", "I", said, "Say with a patience whether p or p + 1 epochs without a new best end the run.", c["flat"], f.value, report.at(f.line))]
 
@@ -105,7 +105,7 @@ _MAYBE = re.compile(r"风险|可能|容易|防|避免|如果|若|减少|缓解|�
 def overfit_claims(report, strict=True):
     "([lines that say there is overfitting], [lines that deny it]) as (number, text); `strict` leaves out what may be or is a cause among others."
     yes, no = [], []
-    spoken = [(l.no, l.text, "" if strict is None else l.lead + " ".join(l.sections[-1:])) for l in report.doc.lines if not (l.code and "#" in l.text.lstrip()[:1])]
+    spoken = [(l.no, l.text, "" if strict is None else l.lead + " ".join(l.sections[-1:])) for l in report.doc.unique if not (l.code and "#" in l.text.lstrip()[:1])]
     spoken += [(n, c, "") for t in report.doc.tables for n, cells in t.rows for c in cells]
     for n, text, around in spoken:
         if not _OVERFIT.search(text): continue
@@ -126,10 +126,10 @@ def overfitting(report, limits=THRESHOLDS):
         falls = b < -limits["T06.se"] * error
         if rising and falls and not yes: return [finding("T06", "W", f"validation loss rises for {limits['T06.epochs']} epochs and {name} falls by {-b:.4f} +- {error:.4f} an epoch over epochs {after[0]}-{after[-1]}: overfitting", "Stop earlier, or regularize.", b, -limits["T06.se"] * error, report.at(v[after[-1]].line))]
         if yes and not falls: return [finding("T06", "I", f"a plateau: slope {b:+.4f} +- {error:.4f} per epoch of {name} over epochs {after[0]}-{after[-1]}; line {yes[0][0]} calls it overfitting, but a falling training loss alone does not show that", "Say plateau, or print a validation loss that rises while the metric falls.", b, -limits["T06.se"] * error, report.at(yes[0][0]))]
-    elif yes and not val_loss and not any(f.kind == "loss" and not f.plan for f in report.facts): return [finding("T06", "I", f"overfitting is named (line {yes[0][0]}), but no loss is shown: 0 training and 0 validation losses", "Print training and validation loss by epoch; without them a falling metric can be noise.", 0, None, report.at(yes[0][0]))]
+    elif yes and not val_loss and not any(not f.plan for f in report.of("loss")): return [finding("T06", "I", f"overfitting is named (line {yes[0][0]}), but no loss is shown: 0 training and 0 validation losses", "Print training and validation loss by epoch; without them a falling metric can be noise.", 0, None, report.at(yes[0][0]))]
     return []
 
-def _validation_loss(report): return [f.value for f in sorted((f for f in report.facts if f.kind == "loss" and f.split == "valid" and f.epoch is not None), key=lambda f: f.epoch)]
+def _validation_loss(report): return [f.value for f in sorted((f for f in report.of("loss") if f.split == "valid" and f.epoch is not None), key=lambda f: f.epoch)]
 
 # %% ../../nbs/lint/06_curves.ipynb #cell-13
 _KINDS = [("BCE", re.compile(r"\bbce\b|binary cross", re.I | re.A)), ("BPR", re.compile(r"\bbpr\b", re.I | re.A)), ("sampled", re.compile(r"sampled (?:softmax|cross|ce)\b|采样softmax", re.I | re.A)), ("CE", re.compile(r"cross[- ]?entropy|交叉熵|\bce\b(?: loss)?|(?:full )?softmax", re.I | re.A))]
@@ -155,7 +155,7 @@ _NAMES = {"BPR": "ln 2", "BCE": "2 ln 2", "CE": "ln V", "sampled": "ln(1+n)"}
 def initial_loss(report, limits=THRESHOLDS):
     "C09: a first loss, measured or planned, that random scores do not have; a pass mark that they meet."
     items, neg = number_of(report, "items")[0], report.count("negatives")
-    losses = [f for f in report.facts if f.kind == "loss" and f.split != "valid" and f.value > 0]
+    losses = [f for f in report.of("loss") if f.split != "valid" and f.value > 0]
     first = min((f.epoch for f in losses if f.epoch is not None and f.epoch >= 0), default=None)
     wrong, out = {}, []
     for f in losses:
@@ -179,7 +179,7 @@ def _above(report, found):
 def reduction(report, limits=THRESHOLDS):
     "C20: a first loss that must be a sum."
     items = number_of(report, "items")[0]
-    losses = [f for f in report.facts if f.kind == "loss" and f.split == "train" and not f.plan and not f.mark and f.epoch is not None and f.epoch >= 0]
+    losses = [f for f in report.of("loss") if f.split == "train" and not f.plan and not f.mark and f.epoch is not None and f.epoch >= 0]
     f = min(losses, key=lambda f: (f.epoch, f.line), default=None)
     if not f or not items or f.value <= limits["C20.times"] * math.log(items): return []
     return [finding("C20", "I", f"first loss {f.value:,.0f} > {limits['C20.times']:g} x {math.log(items):.2f} (ln {items:,.0f}): a sum over batches", "Print the mean per target: it can be compared with ln V and with other batch sizes.", f.value, limits["C20.times"] * math.log(items), report.at(f.line))]
@@ -199,10 +199,10 @@ _TIMED = re.compile(r"epoch\s+\d+\s+training\s*\[time:\s*([\d.]+)s", re.I | re.A
 
 def step_time(report, limits=THRESHOLDS):
     "T03: a step, or an epoch in a log, that suddenly takes many times longer."
-    for l in report.doc.lines:
+    for l in report.doc.having(_STEP):
         times = step_times(l.text)
         if len(times) == 2 and re.search(r"→|->|=>|到|至|\bto\b", l.text) and times[1] > limits["T03.warn"] * times[0] and not _planned(l): return [_slow(report, l.no, *times, limits)]
-    logged = [(t, l.no) for l in report.doc.lines for t in _logged(l.text)]
+    logged = [(t, l.no) for l in report.doc.having(re.compile(f"{_TIMED.pattern}|{_STEP.pattern}", re.I | re.A)) for t in _logged(l.text)]
     return _sudden(report, logged, limits) if len(logged) > 9 else []
 
 def _logged(text):
@@ -226,7 +226,7 @@ def _slow(report, line, a, b, limits):
 
 def steps_per_epoch(report):
     "Steps of an epoch, stated or users / batch size; None if neither is printed."
-    stated = next((f for f in report.facts if re.fullmatch(r"steps per epoch|每轮步数|iterations per epoch", f.name)), None)
+    stated = next((f for n in ("steps per epoch", "每轮步数", "iterations per epoch") for f in report.of(n)), None)
     users, batch = report.count("users"), report.count("batch_size", proposal=False)
     return int(stated.value) if stated else math.ceil(users.value / batch.value) if users and batch and batch.value else None
 
@@ -245,13 +245,13 @@ def _progress(report):
 def time_budget(report, limits=THRESHOLDS):
     "C04: what an unfinished plan takes at its printed step time."
     steps, done = steps_per_epoch(report), _progress(report)
-    timed = next(((t[0], l) for l in report.doc.lines if (t := step_times(l.text)) and not _planned(l)), None)
+    timed = next(((t[0], l) for l in report.doc.having(_STEP) if (t := step_times(l.text)) and not _planned(l)), None)
     if not (steps and done and timed): return []
     m = re.search(r"=\s*(\d+)\s*epochs?\b", report.doc.prose, re.I | re.A)
     epochs = int(m[1]) if m else done[1]
     seconds = timed[0] * steps * epochs
     if seconds <= limits["C04.seconds"]: return []
-    said = next((l.no for l in report.doc.lines if re.search(r"数周|几周|\bweeks\b", l.text)), None)
+    said = next((l.no for l in report.doc.unique if re.search(r"数周|几周|\bweeks\b", l.text)), None)
     worth = f"{seconds / 86400:.1f} days" if seconds > 172_800 else f"{seconds / 3600:.1f} h"
     wrong = f", not weeks (line {said})" if said and seconds < 14 * 86400 else ""
     return [finding("C04", "W", f"{timed[0]:g} s x {steps} x {epochs} = {worth}{wrong}", "Time five steps before the run, and shrink the plan to what is at hand.", seconds, limits["C04.seconds"], report.at(timed[1].no))]
@@ -259,10 +259,12 @@ def time_budget(report, limits=THRESHOLDS):
 # %% ../../nbs/lint/06_curves.ipynb #cell-19
 def moves(report):
     "[(line, metric, a, b)]: metrics on one line as a pair, such as `HR@10 0.31 → 0.29`."
+    return report.kept("_moves", lambda: _moves(report))
+
+def _moves(report):
     out = []
-    for l in report.doc.lines:
-        if METRIC.search(l.text):
-            for p in pairs_on(l.text):
+    for l in report.doc.having(METRIC):
+        for p in paired(report, l):
                 m = next((m for m in reversed(list(METRIC.finditer(l.text[:p.a.start])))), None)
                 if m and p.a.share()[0] < 1 and p.b.share()[0] < 1 and not re.search(r"预期|预计|目标|expect|target|planned", " ".join([l.lead, *l.sections, l.text]), re.I | re.A): out.append((l, metric_name(m), p.a.share()[0], p.b.share()[0]))
     return out
@@ -302,17 +304,19 @@ def loss_without_metric(report, limits=THRESHOLDS):
     if z >= limits["T04.se"]: return []
     return [finding("T05", "W", f"loss {a:g} -> {b:g} ({(b - a) / a:+.2%} in {epochs} epochs) while {name} {x:.4f} -> {y:.4f} is {z:+.1f} SE (n = {n:,}){_perplexity(report, b, fact)}", "Check targets and candidates of training against those of the evaluation.", z, limits["T04.se"], report.at(line.no))]
 
+_EPOCHS = re.compile(r"(\d+)\s*(?:个)?\s*(?:epochs?|轮)", re.I | re.A)
+
 def _loss_fall(report):
     "(line, first, last, epochs, Fact of the loss) from a pair on one line that says how many epochs, or from the loss curve."
-    for l in report.doc.lines:
-        m = re.search(r"(\d+)\s*(?:个)?\s*(?:epochs?|轮)", l.text, re.I | re.A)
-        f = m and next((f for f in report.facts if f.line == l.no and f.kind == "loss" and not f.plan), None)
-        p = f and next((p for p in pairs_on(l.text) if abs(p.a.value - f.value) < 1e-9), None)
+    losses = {f.line: f for f in reversed(report.named("loss"))}
+    for l in report.doc.having(_EPOCHS):
+        m, f = _EPOCHS.search(l.text), losses.get(l.no)
+        p = f and next((p for p in paired(report, l) if abs(p.a.value - f.value) < 1e-9), None)
         if p and p.b.value < p.a.value: return l, p.a.value, p.b.value, int(m[1]), f
     v = {e: f for e, f in curve(report, "loss").items() if e >= 0}
     if len(v) < 6: return None
     a, b = min(v), max(v)
-    return next((l for l in report.doc.lines if l.no == v[a].line), _Place(v[a].line)), v[a].value, v[b].value, b - a, v[a]
+    return _Place(v[a].line), v[a].value, v[b].value, b - a, v[a]
 
 class _Place:
     "A line number without a line: a row of a table."

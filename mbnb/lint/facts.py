@@ -11,11 +11,12 @@ __all__ = ['SPLITS', 'METRICS', 'METRIC', 'COUNTS', 'SETTINGS', 'RUN', 'FROM', '
 # %% ../../nbs/lint/02_facts.ipynb #cell-2
 import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
-from .read import Document, Number, numbers, parse
+from .read import Document, Number, numbers, parse, shape_of
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-3
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fact:
     "A number with its meaning. Metrics are shares of one; `group` names values of one ranking; `variant` the column, model or phase it belongs to."
     name: str                   # HR@10, loss, users, patience ...; metrics as METRICS spells them
@@ -56,22 +57,33 @@ def plans(words): return bool(_PLAN.search(words)) and not _AGAINST.search(words
 
 def is_plan(label, line):
     "Whether a number behind `label` on this line is a target or an expectation: its label, what introduces it, or a heading below the first says so."
-    return bool(_PLAN.search(label)) or any(plans(w) for w in [*line.lead.split(" / "), *line.sections])
+    return _plan_word(shape_of(label)) or _plan_around(line.lead, line.sections)
+
+@lru_cache(4096)
+def _plan_word(label): return _PLAN.search(label) is not None
+@lru_cache(4096)
+def _plan_around(lead, sections): return any(plans(w) for w in [*lead.split(" / "), *sections])
 
 def is_proposal(line):
     "Whether the line gives advice; a nearer \"current\" wins."
-    near = f"{line.lead.rpartition(' / ')[2]}"
-    if _CURRENT.search(near) and not _PROPOSAL.search(near): return False
-    return any(_PROPOSAL.search(w) and not _FOUND.search(w) for w in [line.text.partition("#")[0], line.lead, *line.sections])
+    return _advice(line.shape.partition("#")[0], line.lead, line.sections)
 
-SPLITS = {"valid": re.compile(r"valid|(?<![a-z])val(?![a-z])|(?<![a-z])dev(?![a-z])|验证", re.I | re.A), "test": re.compile(r"(?<![a-z])test|测试(?!难度)", re.I | re.A), "train": re.compile(r"(?<![a-z])train(?:ing)?(?:[ _-]|$)|训练(?:集|损失)", re.I | re.A)}
+@lru_cache(4096)
+def _advice(text, lead, sections):
+    near = lead.rpartition(" / ")[2]
+    if _CURRENT.search(near) and not _PROPOSAL.search(near): return False
+    return any(_PROPOSAL.search(w) and not _FOUND.search(w) for w in [text, lead, *sections])
+
+SPLITS = {"valid": re.compile(r"valid|(?<![a-z])val(?![a-z])|(?<![a-z])dev(?![a-z])|验证", re.I | re.A), "test": re.compile(r"(?<![a-z])test|测试(?!难度)", re.I | re.A)}
 
 def split_of(*words):
     "The split that the first of `words` with exactly one of them names, else \"\"."
-    for w in words:
-        named = [s for s in ("valid", "test") if w and SPLITS[s].search(w)]
-        if len(named) == 1: return named[0]
-    return ""
+    return next((s for w in words if w and (s := _split(shape_of(w)))), "")
+
+@lru_cache(4096)
+def _split(words):
+    named = [s for s, p in SPLITS.items() if p.search(words)]
+    return named[0] if len(named) == 1 else ""
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-8
 METRICS = {"recall": "Recall", "召回率": "Recall", "hr": "HR", "hit": "HR", "hits": "HR", "hitrate": "HR", "hitratio": "HR", "命中率": "HR", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "precision": "Precision"}
@@ -166,8 +178,11 @@ def metric_facts(line):
     return out
 
 _PHASE = re.compile(r"\b(?:phase|stage)\s*\d+|第?\s*[一二三四\d]\s*阶段|阶段\s*[一二三四\d]|\b(?:model|run|variant|config|exp\w*)\s*[:#]?\s*[A-Z\d]\b", re.I | re.A)
-def phase_of(line):
-    m = next((m for w in [line.lead, *reversed(line.sections)] if (m := _PHASE.search(w))), None)
+def phase_of(line): return _phase(line.lead, line.sections)
+
+@lru_cache(4096)
+def _phase(lead, sections):
+    m = next((m for w in [lead, *reversed(sections)] if (m := _PHASE.search(w))), None)
     return m[0].lower() if m else ""
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-14
@@ -338,9 +353,20 @@ class Report:
     facts: list = field(default_factory=list)
 
     def at(self, line): return self.doc.at(line)
-    def named(self, *names, plan=False, proposal=None): return [f for f in self.facts if f.name in names and (plan is None or f.plan == plan) and (proposal is None or f.proposal == proposal)]
+    def kept(self, key, make):
+        "A value that several rules need, made once."
+        if key not in self.__dict__: self.__dict__[key] = make()
+        return self.__dict__[key]
+    def _index(self):
+        out = {}
+        for f in self.facts: out.setdefault(f.name, []).append(f)
+        return out
+    def of(self, name): return self.kept("_names", self._index).get(name, [])
+    def named(self, *names, plan=False, proposal=None):
+        found = [f for n in names for f in self.of(n) if (plan is None or f.plan == plan) and (proposal is None or f.proposal == proposal)]
+        return sorted(found, key=lambda f: f.line) if len(names) > 1 else found
     @property
-    def metrics(self): return self.__dict__.setdefault("_metrics", [f for f in self.facts if f.kind == "metric" and not f.plan and not f.mark and f.high is None and not f.about])
+    def metrics(self): return self.kept("_metrics", lambda: [f for f in self.facts if f.kind == "metric" and not f.plan and not f.mark and f.high is None and not f.about])
     def count(self, name, proposal=None):
         "The Fact of a count or setting: the finest printed, first named; None if it is nowhere."
         found = [f for f in self.named(name, proposal=proposal) if f.high is None and not f.mark]
@@ -351,29 +377,42 @@ def read_report(path_or_text, name=None):
     from mbnb.lint.read import load
     own, text = load(path_or_text)
     doc = parse(text, name or own)
-    facts, epoch = [], None
+    facts, epoch, silent = [], None, {f: set() for f in (metric_facts, pair_facts, sentence_facts)}
     for line in doc.lines:
-        m = _LOG_EPOCH.search(line.text)
+        m = _LOG_EPOCH.search(line.text) if "poch" in line.text else None
         if m: epoch = int(m[1])
-        found = metric_facts(line)
-        if epoch is not None and found and not m: found = [replace(f, epoch=epoch) if f.epoch is None and f.split == "valid" and (_RESULT.search(line.text) or METRIC.match(line.text.strip()) and _RESULT.search(line.lead)) else f for f in found]
-        facts += found + pair_facts(line) + sentence_facts(line)
+        for extract, shapes in silent.items():
+            if line.shape in shapes: continue                   # lines of this shape hold none
+            found = extract(line)
+            if not found: shapes.add(line.shape)
+            elif extract is metric_facts and epoch is not None and not m: found = [_of_epoch(f, line, epoch) for f in found]
+            facts += found
     for table in doc.tables: facts += table_facts(doc, table)
     return Report(doc, sorted(facts, key=lambda f: f.line))
+
+def _of_epoch(f, line, epoch):
+    "The Fact of a log's result line, with the epoch that the log was in."
+    mine = f.epoch is None and f.split == "valid" and (_RESULT.search(line.text) or METRIC.match(line.text.strip()) and _RESULT.search(line.lead))
+    return replace(f, epoch=epoch) if mine else f
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-26
 def curve(report, name):
     "{epoch: Fact} of the longest source of a measured metric (or of the training \"loss\"), validation values before others; {} if none names epochs."
-    pool = report.metrics if name != "loss" else [f for f in report.facts if f.kind == "loss" and f.split == "train" and not f.plan and f.high is None]
-    if name == "valid_score": pool = [f for f in report.facts if f.name == "valid_score" and f.high is None]
+    return report.kept(("curve", name), lambda: _curve(report, name))
+
+def _curve(report, name):
     sources = {}
-    for f in pool:
-        if f.name == name and f.epoch is not None and f.split != "test": sources.setdefault(f.group[:2] if f.group[:1] == ("table",) else ("lines", f.variant), {}).setdefault(f.epoch, f)
+    for f in report.of(name):
+        if f.epoch is None or f.split == "test" or f.plan or f.mark or f.high is not None or f.about or (name == "loss" and f.split != "train"): continue
+        sources.setdefault(f.group[:2] if f.group[:1] == ("table",) else ("lines", f.variant), {}).setdefault(f.epoch, f)
     best = max(sources.values(), key=len, default={})
     return dict(sorted(best.items()))
 
 def monitored(report):
     "(name, curve) of the metric that chose the epoch: the one called so, else the longest curve, NDCG@10 before others; (None, {}) without epochs."
+    return report.kept("_monitored", lambda: _monitored(report))
+
+def _monitored(report):
     names = {f.name for f in report.metrics if f.epoch is not None} | {f.name for f in report.facts if f.name == "valid_score"}
     said = re.search(r"(?:monitor|验证指标|监控|valid[_ ]metric|early stopping on)\S*\s*[|:=]+\s*\S*?(" + _BARE + r")@(\d+)", report.doc.prose, re.I | re.A)
     said = metric_name(said) if said else ""

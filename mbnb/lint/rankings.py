@@ -23,7 +23,9 @@ _SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|grou
 
 def rows(report):
     "[[Fact]]: measured values of one ranking; a group that names a metric twice with two values is no row and left out."
-    if "_rows" in report.__dict__: return report._rows
+    return report.kept("_rows", lambda: _rows(report))
+
+def _rows(report):
     groups = {}
     for f in report.metrics: groups.setdefault((f.group, f.split, f.epoch, f.variant), []).append(f)
     out = []
@@ -31,7 +33,6 @@ def rows(report):
         values = {}
         for f in group: values.setdefault(f.name, set()).add(round(f.value, 9))
         if all(len(v) == 1 for v in values.values()): out.append(list({f.name: f for f in group}.values()))
-    report.__dict__["_rows"] = out
     return out
 
 def as_row(facts): return {f.name: f.value for f in facts}
@@ -46,8 +47,7 @@ def several_targets(report, facts):
     row = as_row(facts)
     for f in facts:
         if f.metric == "Recall" and (abs(row.get(f"HR@{f.k}", f.value) - f.value) > 2 * f.unit or abs(row.get(f"Precision@{f.k}", f.value / f.k) * f.k - f.value) > (f.k + 1) * f.unit): return True
-    if "_several" not in report.__dict__: report.__dict__["_several"] = bool(_SEVERAL.search(report.doc.prose))
-    return report.__dict__["_several"]
+    return report.kept("_several", lambda: bool(_SEVERAL.search(report.doc.prose)))
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-6
 _FULL = re.compile(r"full[- _]?(?:rank|sort|catalog|item|eval)|['\"]full['\"]|\bmode['\"]?\s*[:=]\s*full|(?:all|entire|whole|complete) (?:the )?(?:items|catalog\w*|item set)|over the catalog|over all [\d,]+|全库|全量(?:排序|评估|物品)|全排序|全物品|全部物品", re.I | re.A)
@@ -56,7 +56,7 @@ _BOTH = re.compile(r"\bvs\b|\bor\b|或|还是|versus", re.I | re.A)
 
 def full_ranking(report):
     "Line number where the report says that the whole catalogue is ranked, else None."
-    return next((l.no for l in report.doc.lines if _FULL.search(l.text) and not (_BOTH.search(l.text) and _SAMPLED.search(l.text)) and not re.search(r"loss|softmax|损失", l.text, re.I | re.A)), None) or _in_table(report, _FULL)
+    return next((l.no for l in report.doc.unique if _FULL.search(l.text) and not (_BOTH.search(l.text) and _SAMPLED.search(l.text)) and not re.search(r"loss|softmax|损失", l.text, re.I | re.A)), None) or _in_table(report, _FULL)
 
 def _in_table(report, pattern): return next((no for t in report.doc.tables for no, cells in t.rows if pattern.search(" ".join(cells))), None)
 
@@ -64,7 +64,7 @@ def stated_candidates(report):
     "(candidates, line) that the text states, or (None, None)."
     f = report.count("eval_negatives", proposal=False)
     if f and f.high is None: return int(f.value) + 1, f.line
-    for l in report.doc.lines:
+    for l in report.doc.unique:
         m = re.search(r"\b(?:uni|pop)[-_ ]?(\d+)\b|@\d+\[(?:uni|pop)(\d+)\]", l.text, re.I | re.A)
         if m: return int(m[1] or m[2]) + 1, l.no
     return None, None
@@ -81,6 +81,9 @@ def saturated(report):
 
 def candidates(report):
     "(M, line, whether stated) from the text or from a saturated cutoff; (None, None, False) if neither says."
+    return report.kept("_candidates", lambda: _candidates(report))
+
+def _candidates(report):
     m, line = stated_candidates(report)
     if m: return m, line, True
     f = saturated(report)
@@ -98,11 +101,11 @@ def protocol(report, limits=THRESHOLDS):
     return [_unstated(report)]
 
 def _only_training(report):
-    return not any(f.name == "eval_negatives" for f in report.facts) and not any(_SAMPLED.search(l.text) and re.search(r"evaluat|rank|test|valid|评估|评测|验证|测试", l.text, re.I | re.A) and not _BOTH.search(l.text) for l in report.doc.lines)
+    return not any(f.name == "eval_negatives" for f in report.facts) and not any(_SAMPLED.search(l.text) and re.search(r"evaluat|rank|test|valid|评估|评测|验证|测试", l.text, re.I | re.A) and not _BOTH.search(l.text) for l in report.doc.unique)
 
 def _beyond(report, m, line, stated, f, limits):
     "The card for K >= M, with the sentence that misreads it."
-    reading = next((l.no for l in report.doc.lines if re.search(rf"(?:[≤<]=?|at most|no more than|不超过|最多|小于)\s*{m}\b", l.text)), None)
+    reading = next((l.no for l in report.doc.unique if re.search(rf"(?:[≤<]=?|at most|no more than|不超过|最多|小于)\s*{m}\b", l.text, re.A)), None)
     items = report.count("items")
     said = f"; line {reading} reads it as at most {m} items, but it is the length of the candidate list" + (f" ({items.value:,.0f} items)" if items else "") if reading else ""
     how = f"line {line} states {m - 1} negatives" if stated else f"no protocol is stated, and only lists of at most {m} candidates explain it"
@@ -135,9 +138,11 @@ def largest_step(report):
 # %% ../../nbs/lint/04_rankings.ipynb #cell-12
 def identities(report, limits=THRESHOLDS):
     "R01: rows whose HR/Recall, NDCG and MRR cannot come from one ranking."
-    out, (m, _) = [], stated_candidates(report)
+    out, (m, _), seen = [], stated_candidates(report), set()
     for facts in rows(report):
-        if len(facts) < 2: continue
+        key = tuple((f.name, f.value, f.unit) for f in facts)
+        if len(facts) < 2 or key in seen: continue
+        seen.add(key)
         card = _broken(report, facts, m, several_targets(report, facts))
         if card and not any(c.message == card.message for c in out): out.append(card)
     return out
@@ -202,7 +207,7 @@ def _elsewhere(report, facts, implied):
 
 def _resting(report, row, broken):
     "Lines that conclude something from the equality of two broken cells."
-    lines = [l.no for l in report.doc.lines if (ms := list(METRIC.finditer(l.text))) and len(ms) > 1 and metric_name(ms[0]) in row and metric_name(ms[1]) in row and re.fullmatch(r"\s*=\s*", l.text[ms[0].end():ms[1].start()])]
+    lines = [l.no for l in report.doc.unique if (ms := list(METRIC.finditer(l.text))) and len(ms) > 1 and metric_name(ms[0]) in row and metric_name(ms[1]) in row and re.fullmatch(r"\s*=\s*", l.text[ms[0].end():ms[1].start()])]
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))} falls with it" if lines else ""
 
 # %% ../../nbs/lint/04_rankings.ipynb #cell-18
@@ -283,7 +288,7 @@ def _no_test(report, tests, valids):
     "The card for validation values without a test value of the same model."
     mixed = {f.group[:2] for f in report.metrics if f.split == "test" and f.group[:1] == ("table",)} & {f.group[:2] for f in report.metrics if f.split == "valid" and f.group[:1] == ("table",) and f.variant}
     own = [f for t in tests.values() for f in t.values() if f.group[:2] not in mixed] or not report.named("best_epoch", proposal=False)
-    said = next((l.no for l in report.doc.lines if re.search(r"仅有验证集|补充测试集|no test (?:set )?(?:result|value|metric)|only (?:on )?validation|test (?:set )?(?:not|never) evaluated", l.text, re.I | re.A)), None)
+    said = next((l.no for l in report.doc.unique if re.search(r"仅有验证集|补充测试集|no test (?:set )?(?:result|value|metric)|only (?:on )?validation|test (?:set )?(?:not|never) evaluated", l.text, re.I | re.A)), None)
     chosen = [f for t in valids.values() for f in t.values() if f.epoch is not None]
     if own or not report.doc.is_report or not chosen: return []
     n = len({(f.name, f.epoch) for f in chosen})
@@ -296,7 +301,7 @@ def mean_rank(report, limits=THRESHOLDS):
     "R04: an average rank that is 1/MRR."
     mrr = {f.name: f for f in report.metrics if f.metric == "MRR" and f.value > 0}
     out = []
-    for l in report.doc.lines:
+    for l in report.doc.unique:
         m = _MEAN_RANK.search(l.text)
         if not m or re.search(r"harmonic|调和", l.text, re.I | re.A): continue
         n = next((n for n in numbers(l.text) if n.start >= m.start() and n.start - m.end() in (-1, 0, 1) and n.high is None), None)

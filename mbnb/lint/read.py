@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'LintError', 'read_bytes', 'load', 'looks_like_path', 'clean', 'Number', 'last_digit', 'numbers', 'Table',
-           'is_rule', 'Line', 'Document', 'parse']
+           'is_rule', 'Line', 'shape_of', 'Document', 'parse']
 
 # %% ../../nbs/lint/01_read.ipynb #cell-2
 import re
@@ -53,9 +53,12 @@ _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def clean(line):
     "One line without colors, emphasis and code marks, full-width signs made plain; of an overwritten line the last state."
     if "\r" in line: line = next((p for p in reversed(line.split("\r")) if p.strip()), "")
-    line = _COLOR.sub("", line[:LONGEST]).translate(_PLAIN).replace("**", "").replace("`", "").replace("\ufe0f", "")
+    line = line[:LONGEST]
+    if "\x1b" in line: line = _COLOR.sub("", line)
+    if not line.isascii(): line = line.translate(_PLAIN).replace("\ufe0f", "")
+    line = line.replace("**", "").replace("`", "")
     if line.rstrip().endswith("\\\\") and "&" in line: line = "| " + re.sub(r"\\(?:textbf|underline|mathbf|emph)\{([^{}]*)\}|\$", r"\1", line.rstrip()[:-2]).replace("\\%", "%").replace("&", "|") + " |"
-    return re.sub(r"\[(?:INFO|WARNING)\s*\]", "", line).rstrip()
+    return line.rstrip()
 
 # %% ../../nbs/lint/01_read.ipynb #cell-11
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _kind(first, second):
     if is_rule(first): return "pipe" if "|" in second and first.lstrip()[:1] in "|+┌┏╔\\" else None
     if "|" in first and not _LIST.match(first) and not _PROGRESS.search(first):
         if is_rule(second) and ("|" in second or "-" in second) or first.lstrip().startswith("|") and second.lstrip().startswith("|"): return "pipe"
-    if not _HEADER.search(first) or ":" in first: return None
+    if ":" in first or not ("\t" in first or "," in first or "  " in first.strip()) or not _HEADER.search(first): return None
     for kind in ("tab", "comma", "blank"):
         a, b = _cells(first, kind), _cells(second, kind)
         if a and b and len(a) == len(b) and sum(bool(numbers(c)) for c in b) >= max(1, len(b) // 2) and not any(numbers(c) and numbers(c)[0].text == c for c in a): return kind
@@ -173,7 +176,7 @@ def _lone(cell):
     return len(n) == 1 and n[0].text == cell.strip()
 
 # %% ../../nbs/lint/01_read.ipynb #cell-17
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     no: int
     text: str
@@ -183,9 +186,13 @@ class Line:
     block: int = 0
     heading: bool = False
     titled: bool = False        # whether the first heading is the document's title
+    shape: str = ""             # the text with every digit as 0: lines of one shape say the same about other numbers
 
     @property
     def sections(self): return self.headings[1:] if self.titled else self.headings
+
+_DIGITS = str.maketrans("123456789", "000000000")
+def shape_of(text): return text.translate(_DIGITS)
 
 @dataclass
 class Document:
@@ -198,9 +205,24 @@ class Document:
     def place(self, table): return self.places[id(table)]
     def at(self, line): return f"{self.name}:{line}"
     @property
+    def unique(self):
+        "The first line of each shape: all that word rules need of a log."
+        if "_unique" not in self.__dict__: self._unique = list({l.shape: l for l in reversed(self.lines)}.values())[::-1]
+        return self._unique
+    @property
     def prose(self):
-        "All lines as one text, tables included, for questions such as: is a seed named anywhere?"
-        return self.__dict__.setdefault("_prose", "\n".join([*(l.text for l in self.lines), *("\n".join([" | ".join(t.header)] + [" | ".join(c) for _, c in t.rows]) for t in self.tables)]))
+        "The unique lines and rows as one text, for questions such as: is a seed named anywhere?"
+        if "_prose" not in self.__dict__:
+            rows = {shape_of(text): text for t in self.tables for text in [" | ".join(t.header), *(" | ".join(c) for _, c in t.rows)]}
+            self._prose = "\n".join([*(l.text for l in self.unique), *rows.values()])
+        return self._prose
+    def having(self, pattern):
+        "The lines that a compiled pattern finds; it is asked once for each shape, so it may not depend on which digits stand there."
+        known = {}
+        for l in self.lines:
+            hit = known.get(l.shape)
+            if hit is None: hit = known[l.shape] = pattern.search(l.shape) is not None
+            if hit: yield l
     @property
     def is_report(self):
         "Whether someone wrote it: headings and a dozen lines. A pasted table or log is a fragment, and cannot be asked for what it leaves out."
@@ -243,14 +265,14 @@ class _State:
         if not text.strip(): self.block, self.gap = self.block + 1, True; return None
         if not self.code: self._close(text, table)
         lead = " / ".join([w for _, w in self.leads] + [self.inner] * bool(self.inner))
-        made = Line(no, text, tuple(h for _, h in self.heads), lead, self.code, self.block, titled=self.titled)
+        made = Line(no, text, tuple(h for _, h in self.heads), lead, self.code, self.block, titled=self.titled, shape=shape_of(text))
         if not table: self._remember(text)
         self.gap = False
         return made
     def _heading(self, no, depth, words):
         self.heads = [(d, h) for d, h in self.heads if d < depth] + [(depth, words)]
         self.leads, self.inner, self.block = [], "", self.block + 1
-        return Line(no, words, tuple(h for _, h in self.heads), "", False, self.block, True, self.titled)
+        return Line(no, words, tuple(h for _, h in self.heads), "", False, self.block, True, self.titled, shape_of(words))
     def _depth(self, text): return 2 * (len(text) - len(text.lstrip())) + bool(_LIST.match(text))
     def _close(self, text, table):
         "Drop the leads that this line no longer belongs to."
