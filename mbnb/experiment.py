@@ -580,7 +580,9 @@ def _from_rules_to_result(config, run, parts, clock, say, control):
     oracle = rank_oracle(config, parts.sequences, record["split"], parts.plan)           # seconds of work: training did not wait for it
     if oracle: run.append(record | {"table": record["table"] | baseline_table(oracle)})
     result = _finish(config, run, parts, rules | rank_oracle(config, parts.sequences, "test", parts.plans[0]), clock)
-    if findings: findings.add(watch.finish() + [order_card(config, parts)] + after.check_run(load_run(run.path), config.limits))
+    if findings:
+        findings.add(watch.finish(parts.model) + [order_card(config, parts)] + after.check_run(load_run(run.path), config.limits))
+        for probe in watch.take(): run.append(probe)
     run.status("done", reason)
     for line in result_lines(result, parts.plans): say(line)
     if findings: say(f"doctor: {tally(findings.cards)}")
@@ -720,7 +722,8 @@ def doctor(run_or_config, stage=""):
     else:
         run = run_or_config if isinstance(run_or_config, Run) else load_run(run_or_config)
         config = configure(**saved_parameters(run.config))
-        cards = read_cards(run.cards) if run.cards else look_before(config) + training.check_training(read_records(run.path / "metrics.jsonl")[0], config.stages, limits=config.limits)
+        early = look_before(config) if not run.cards and (not stage or set(stage) & set("DC")) else []
+        cards = read_cards(run.cards) if run.cards else early + training.check_training(read_records(run.path / "metrics.jsonl")[0], config.stages, limits=config.limits)
         cards = [c for c in cards if c.id[0] != "R"] + mute(after.check_run(run, config.limits), config.mute)
     return worst_first([c for c in cards if not stage or c.id[0] in stage])
 

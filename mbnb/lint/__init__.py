@@ -12,7 +12,7 @@ from .claims import RULES as CLAIMS
 from .comparisons import RULES as COMPARISONS
 from .counts import RULES as COUNTS
 from .curves import RULES as CURVES
-from .facts import read_report
+from .collect import read_report
 from .rankings import RULES as RANKINGS
 from .read import LintError
 

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SPLITS', 'METRICS', 'METRIC', 'COUNTS', 'SETTINGS', 'RUN', 'FROM', 'Fact', 'plans', 'is_plan', 'is_proposal',
            'split_of', 'metric_name', 'classify', 'epoch_of', 'as_share', 'metric_facts', 'phase_of', 'loss_split',
-           'minutes_in', 'pair_facts', 'sentence_facts', 'cell_number', 'table_facts', 'Report', 'read_report', 'curve',
-           'monitored']
+           'minutes_in', 'pair_facts', 'sentence_facts']
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-2
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .read import Document, Number, numbers, parse, shape_of
+from .read import numbers, parse, shape_of
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-3
 @dataclass(frozen=True, slots=True)
@@ -186,7 +185,8 @@ def _phase(lead, sections):
     return m[0].lower() if m else ""
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-14
-_PAIR = re.compile(r"(?P<label>[A-Za-z_#][\w. /#-]{0,40}?|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?(?P<op>[:=≈<>]|->)\s*(?P<rest>[~≈约<>=\s]*)(?=[-+.\d])")
+_IS = re.compile(r"(?P<op>[:=≈<>]|->)\s*(?P<rest>[~≈约<>=\s]*)(?=[-+.\d])")
+_LABEL = re.compile(r"([A-Za-z_#][\w. /#-]{0,40}|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?$")
 def loss_split(label): return split_of(label) or "train"
 
 _HOURS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:h\b|hours?|hrs?|小时)\s*(?:(\d+)\s*(?:m\b|min\w*|分钟?))?|(\d+(?:\.\d+)?)\s*(?:min\w*|m\b|分钟)|(\d+(?:\.\d+)?)\s*(?:d\b|days?|天)", re.I | re.A)
@@ -206,31 +206,32 @@ def pair_facts(line):
     out = []
     if not any(c in line.text for c in ":=≈<>"): return out
     ns = None
-    for m in _PAIR.finditer(line.text):
-        label = m["label"]
-        if "@" in line.text[max(0, m.start() - 1):m.start()] or METRIC.search(line.text[m.start():m.end()]): continue
+    for m in _IS.finditer(line.text):
+        before = line.text[max(0, m.start() - 60):m.start()]
+        found = _LABEL.search(before)
+        if not found or before[:found.start()].endswith("@") or METRIC.search(before, found.start()): continue
+        label = found[1]
         kind = classify(_USED.sub("", label)) if _USED.match(label) else classify(label)
         if kind is None: continue
         if ns is None: ns = numbers(line.text)
         n = next((n for n in ns if n.start == m.end()), None)
-        if n is not None: out.append(_pair(line, m, kind, n))
+        if n is not None: out.append(_pair(line, m, label, line.text[:m.start() - len(before) + found.start()], kind, n))
     now = _NOW.search(line.text) if out and line.code else None
     if now and (n := next(iter(numbers(now[1])), None)): out.append(replace(out[0], value=n.value, unit=n.unit, high=n.high, text=n.text, proposal=False, about="可能" in now[0] or "maybe" in now[0]))
     return out
 
 _NOW = re.compile(r"#.*?(?:当前|目前|currently|now|current)\s*[^\d#]{0,6}?([\d.]+(?:e-?\d+)?)", re.I | re.A)
 
-def _pair(line, m, kind, n):
+def _pair(line, m, label, head, kind, n):
     op = m["op"] + m["rest"]
-    head = line.text[:m.start()]
     value = (n.value, n.unit)
     if kind == ("run", "minutes"): value = minutes_in(line.text[m.end():]) or (n.value, n.unit)
     share = kind[1] in ("sparsity", "density")
     if share: value = n.share()
     proposal = is_proposal(line) and not FROM.match(line.text, n.end) or bool(re.search(r"(?:→|->|=>)\s*$", head))
-    return Fact(kind[1], value[0], value[1], line.no, kind[0], n.high, split=loss_split(m["label"]) if kind[0] == "loss" else split_of(m["label"], head), epoch=epoch_of(head + m["label"], line.text[:m.end()], *line.headings[-1:]), about=n.about or bool(re.search("[~≈约]", op)),
+    return Fact(kind[1], value[0], value[1], line.no, kind[0], n.high, split=loss_split(label) if kind[0] == "loss" else split_of(label, head), epoch=epoch_of(line.text[:m.end()], *line.headings[-1:]), about=n.about or bool(re.search("[~≈约]", op)),
                 plan=is_plan(head + op, line), proposal=proposal, mark="<" if "<" in op else ">" if ">" in op else "", variant=phase_of(line), text=n.text, group=("block", line.block),
-                context=" / ".join([*line.headings, line.lead, head + m["label"]]))
+                context=" / ".join([*line.headings, line.lead, head + label]))
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-17
 _NUM = r"(\d{1,3}(?:,\d{3})+|\d+)"
@@ -267,156 +268,3 @@ def sentence_facts(line):
         m = pattern.search(t)
         if m and not (name == "last_epoch" and "如果" in t): out.append(Fact(name, float(m[1]), 1., line.no, "run", plan=is_plan("", line), proposal=is_proposal(line), text=m[1], context=t))
     return out
-
-# %% ../../nbs/lint/02_facts.ipynb #cell-20
-_CELL = re.compile(r"[\s*_~≈约⭐🏆✅⬆⬇↑↓†‡]+")
-_NOTE = re.compile(r"说明|解释|备注|原因|状态|特点|特征|含义|note|remark|comment|reason|descri|explan|status|meaning", re.I | re.A)
-_CHANGE = re.compile(r"提升|变化|增幅|降幅|增长|倍数|差异|差值|change|delta|[Δ∆]|diff|improv|gain|speed-?up|ratio|relative|lift|\bvs\b", re.I | re.A)
-_PARAM = re.compile(r"^(?:参数|配置|设置|超参数?|选项|param\w*|settings?|config\w*|hyper\w*|options?|key)$", re.I | re.A)
-_WHO = re.compile(r"模型|方法|算法|model|method|algorithm|approach|variant|system", re.I | re.A)
-_DATA = re.compile(r"数据集|data ?sets?", re.I | re.A)
-
-def cell_number(cell):
-    "The Number of a cell that holds nothing else but decoration or a word in parentheses, else None."
-    ns = numbers(cell)
-    if not ns: return None
-    rest = _CELL.sub("", cell[:ns[0].start] + cell[ns[0].end:])
-    return ns[0] if rest in ("", "±") or re.fullmatch(r"\([A-Za-z\u4e00-\u9fff ]{1,12}\)|±.*|\(±.*\)|\(\d*[.\d]+\)|s|秒|MB|ms|min|分钟|epochs?|轮", rest) else None
-
-def table_facts(doc, table):
-    "All facts of a table."
-    line = doc.place(table)
-    who, data, epoch = table.column(_WHO.pattern), table.column(_DATA.pattern), table.column(r"^(?:epoch|轮次|轮数|step)s?$")
-    heads = [METRIC.search(h) for h in table.header]
-    percent = _percent(table, heads)
-    out = []
-    for no, cells in table.rows:
-        for j, cell in enumerate(cells[:len(table.header)]):
-            f = _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch)
-            if f: out.append(f)
-    return out
-
-def _percent(table, heads):
-    "Whether the metrics of a table are printed in percent without a sign: some exceed 1."
-    for no, cells in table.rows:
-        for j, cell in enumerate(cells[:len(heads)]):
-            if (heads[j] or METRIC.search(cells[0])) and j and (n := cell_number(cell)) and n.suffix == "" and n.value > 1.0 and not _NOTE.search(table.header[j]) and not _CHANGE.search(table.header[j]): return True
-    return False
-
-def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
-    "The Fact of one cell, or None."
-    n, head = cell_number(cell), table.header[j]
-    if n is None and j and classify(cells[0]) == ("run", "minutes") and minutes_in(cell) and not _NOTE.search(head):
-        return Fact("minutes", *minutes_in(cell), no, "run", plan=is_plan(cells[0], line) or bool(_PLAN.search(cell)), proposal=is_proposal(line), text=cell, context=cells[0])
-    if n is None or j == epoch or n.suffix == "x" or (j == 0 and len(cells) > 1 and not heads[0]): return None
-    label = cells[0]
-    name, group, kind = _meaning(table, no, label, head, j, heads)
-    if name is None: return None
-    at = epoch_of(head, label if epoch is None else "") if epoch is None else int(numbers(cells[epoch])[0].value) if numbers(cells[epoch]) else None
-    if at is None and epoch is None: at = epoch_of(*line.headings[-1:], line.lead)
-    row = " ".join(c for i, c in enumerate(cells) if i in (who, data)) if kind in ("metric", "count") and {who, data} != {None} else ""
-    variant = row or (head if kind != "metric" and len(table.header) > 2 and not re.fullmatch(r"值|value|取值|数值|setting", head, re.I | re.A) else head if kind == "metric" and METRIC.search(label) and not re.search(r"^@|值|value|dataloader", head, re.I | re.A) else "")
-    if kind == "metric": value, unit, high = as_share(n, percent and n.suffix == "")
-    elif name in ("sparsity", "density"): (value, unit), high = n.share(), None
-    elif name == "minutes": value, unit, high = *(minutes_in(cell) or (n.value, n.unit)), None
-    else: value, unit, high = n.value, n.unit, n.high
-    words = f"{label} {head}"
-    if kind == "loss" and _EPOCH.search(head): variant = label
-    return Fact(name, value, unit, no, kind, high, split=loss_split(f"{label} {head}") if kind == "loss" else split_of(cell, head, label, line.lead, *reversed(line.sections)), epoch=at, plan=is_plan(words, line) or bool(_PLAN.search(cell)),
-                proposal=is_proposal(line), group=group, variant=variant, mark="<" if "<" in cell else ">" if ">" in cell else "", about=n.about, text=n.text, context=" / ".join([*line.headings, line.lead, words]))
-
-def _meaning(table, no, label, head, j, heads):
-    "(name, group, kind) of a cell by its header and its row's label; name None = no known meaning."
-    if _NOTE.search(head) or _CHANGE.search(head): return None, (), ""
-    if heads[j]: return metric_name(heads[j]), ("table", table.line, no), "metric"
-    m = METRIC.search(label)
-    if m: return metric_name(m), ("table", table.line, "column", j), "metric"
-    k, bare = re.fullmatch(r"(?:top[- ]?|k\s?=\s?)?@?\s?(\d+)", head.strip(), re.I | re.A), re.fullmatch(rf"\W*({_BARE})\W*", label, re.I | re.A)
-    if k and bare: return f"{METRICS[re.sub(r'[ _-]', '', bare[1].lower())]}@{int(k[1])}", ("table", table.line), "metric"
-    k, bare = re.fullmatch(r"(?:top[- ]?|k\s?=\s?)?@?\s?(\d+)", label.strip(), re.I | re.A), re.fullmatch(rf"\W*({_BARE})\W*", head, re.I | re.A)
-    if k and bare: return f"{METRICS[re.sub(r'[ _-]', '', bare[1].lower())]}@{int(k[1])}", ("table", table.line), "metric"
-    if _EPOCH.search(head) and re.search(r"loss|损失", table.header[0] + label, re.I | re.A): return "loss", ("table", table.line, label), "loss"
-    known = classify(re.sub(r"\(.*?\)", "", head))
-    if known and (known[0] in ("count", "loss", "run") or known[1] in SETTINGS): return known[1], ("table", table.line, no), known[0]
-    known = classify(re.sub(r"\(.*?\)", "", label) if not classify(label) else label)
-    if known and (known[0] != "setting" or known[1] in SETTINGS or _PARAM.search(table.header[0])): return known[1], ("table", table.line, "column", j), known[0]
-    return None, (), ""
-
-# %% ../../nbs/lint/02_facts.ipynb #cell-23
-_LOG_EPOCH = re.compile(r"\bepoch\s+(\d+)\s+(?:training|evaluating)", re.I | re.A)
-_RESULT = re.compile(r"\b(valid|test) result", re.I | re.A)
-
-@dataclass
-class Report:
-    "A document with its facts."
-    doc: Document
-    facts: list = field(default_factory=list)
-
-    def at(self, line): return self.doc.at(line)
-    def kept(self, key, make):
-        "A value that several rules need, made once."
-        if key not in self.__dict__: self.__dict__[key] = make()
-        return self.__dict__[key]
-    def _index(self):
-        out = {}
-        for f in self.facts: out.setdefault(f.name, []).append(f)
-        return out
-    def of(self, name): return self.kept("_names", self._index).get(name, [])
-    def named(self, *names, plan=False, proposal=None):
-        found = [f for n in names for f in self.of(n) if (plan is None or f.plan == plan) and (proposal is None or f.proposal == proposal)]
-        return sorted(found, key=lambda f: f.line) if len(names) > 1 else found
-    @property
-    def metrics(self): return self.kept("_metrics", lambda: [f for f in self.facts if f.kind == "metric" and not f.plan and not f.mark and f.high is None and not f.about])
-    def count(self, name, proposal=None):
-        "The Fact of a count or setting: the finest printed, first named; None if it is nowhere."
-        found = [f for f in self.named(name, proposal=proposal) if f.high is None and not f.mark]
-        return min(found, key=lambda f: (bool(f.variant), f.about, f.unit, f.line), default=None)
-
-def read_report(path_or_text, name=None):
-    "Report of a path or text."
-    from mbnb.lint.read import load
-    own, text = load(path_or_text)
-    doc = parse(text, name or own)
-    facts, epoch, silent = [], None, {f: set() for f in (metric_facts, pair_facts, sentence_facts)}
-    for line in doc.lines:
-        m = _LOG_EPOCH.search(line.text) if "poch" in line.text else None
-        if m: epoch = int(m[1])
-        for extract, shapes in silent.items():
-            if line.shape in shapes: continue                   # lines of this shape hold none
-            found = extract(line)
-            if not found: shapes.add(line.shape)
-            elif extract is metric_facts and epoch is not None and not m: found = [_of_epoch(f, line, epoch) for f in found]
-            facts += found
-    for table in doc.tables: facts += table_facts(doc, table)
-    return Report(doc, sorted(facts, key=lambda f: f.line))
-
-def _of_epoch(f, line, epoch):
-    "The Fact of a log's result line, with the epoch that the log was in."
-    mine = f.epoch is None and f.split == "valid" and (_RESULT.search(line.text) or METRIC.match(line.text.strip()) and _RESULT.search(line.lead))
-    return replace(f, epoch=epoch) if mine else f
-
-# %% ../../nbs/lint/02_facts.ipynb #cell-26
-def curve(report, name):
-    "{epoch: Fact} of the longest source of a measured metric (or of the training \"loss\"), validation values before others; {} if none names epochs."
-    return report.kept(("curve", name), lambda: _curve(report, name))
-
-def _curve(report, name):
-    sources = {}
-    for f in report.of(name):
-        if f.epoch is None or f.split == "test" or f.plan or f.mark or f.high is not None or f.about or (name == "loss" and f.split != "train"): continue
-        sources.setdefault(f.group[:2] if f.group[:1] == ("table",) else ("lines", f.variant), {}).setdefault(f.epoch, f)
-    best = max(sources.values(), key=len, default={})
-    return dict(sorted(best.items()))
-
-def monitored(report):
-    "(name, curve) of the metric that chose the epoch: the one called so, else the longest curve, NDCG@10 before others; (None, {}) without epochs."
-    return report.kept("_monitored", lambda: _monitored(report))
-
-def _monitored(report):
-    names = {f.name for f in report.metrics if f.epoch is not None} | {f.name for f in report.facts if f.name == "valid_score"}
-    said = re.search(r"(?:monitor|验证指标|监控|valid[_ ]metric|early stopping on)\S*\s*[|:=]+\s*\S*?(" + _BARE + r")@(\d+)", report.doc.prose, re.I | re.A)
-    said = metric_name(said) if said else ""
-    ranked = sorted(((len(c), n == said, n == "NDCG@10", n) for n in names if (c := curve(report, n))), reverse=True)
-    if not ranked: return None, {}
-    chosen = next((r for r in ranked if r[1] and r[0] >= .8 * ranked[0][0]), ranked[0])
-    return chosen[3], curve(report, chosen[3])

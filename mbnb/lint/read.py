@@ -9,6 +9,7 @@ __all__ = ['LONGEST', 'LintError', 'read_bytes', 'load', 'looks_like_path', 'cle
 # %% ../../nbs/lint/01_read.ipynb #cell-2
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ..events import MbnbError
@@ -61,7 +62,7 @@ def clean(line):
     return line.rstrip()
 
 # %% ../../nbs/lint/01_read.ipynb #cell-11
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Number:
     "A number as printed: 92.35% is value 92.35, unit .01, suffix \"%\"; 0.8-1.2 is value .8, high 1.2."
     value: float
@@ -98,8 +99,9 @@ def _one(m):
 _DASH = re.compile(r"\s?[-~至]\s?")
 _FOREIGN = re.compile(r"[./\\:]|\d{4}")
 
+@lru_cache(1 << 14)
 def numbers(text):
-    "The printed numbers of a cleaned line, ranges joined."
+    "The printed numbers of a cleaned line, ranges joined; a list that nobody may change, since several rules ask for it."
     if _FOREIGN.search(text): text = _NOT.sub(lambda m: " " * len(m[0]), text)
     out = []
     for m in _NUMBER.finditer(text):
