@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from . import datasets
-from .doctor import DoctorError, limits, mute, read_cards, skipped, tally, worst_first
+from .doctor import THRESHOLDS, DoctorError, limits, mute, read_cards, skipped, tally, worst_first
 from .doctor import across, config as before, data as of_data, run as after, training
 from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
@@ -127,7 +127,8 @@ class RunConfig:
         "{part: {setting: value}} for a person; what the model's preset leaves as it is stands on the model's page."
         p = self.parameters
         return {"run": {k: p[k] for k in ("model", "preset", "dataset", "loss", "seed")}, "model": self.model, "loss": self.loss_config, "data": self.data, "fit": asdict(self.fit),
-                **{f"stage {s.name}": asdict(s) for s in self.stages}, "eval": asdict(self.eval)}
+                **{f"stage {s.name}": asdict(s) for s in self.stages}, "eval": asdict(self.eval),
+                **({"doctor": own} if (own := {k: v for k, v in self.limits.items() if v != THRESHOLDS[k]} | ({"mute": self.mute} if self.mute else {})) else {})}
 
 # %% ../nbs/21_experiment.ipynb #cell-12
 STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "warmup", "optimizer", "weight_decay", "monitor")
@@ -472,7 +473,7 @@ def preflight(config, parts, rules=None):
     def make(**changes):
         torch.manual_seed(config.fit.seed)
         return build_model(replace(config, model=config.model | changes), s)[0]
-    with before.undisturbed():
+    with training.undisturbed(parts.model):
         cards = of_data.check_data(s, max_len=parts.model.config.max_len, plans=parts.plans, rules=rules, limits=config.limits)
         cards += before.check_plan(parts.model, s, loss, config.stages, config.fit, parts.plans, config.eval.select_on, given_for_all(config), config.limits)
         cards += before.check_model(make, parts.model, s, loss, config.stages, config.fit, config.limits)

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['RULES', 'negatives', 'parameters', 'embedding_share', 'words_of', 'time_budget', 'patience_cost', 'patience_meaning',
            'cutoffs', 'stable', 'monitor', 'phase_conflict', 'reduction', 'noting', 'settings_read', 'unread',
-           'initial_loss', 'excess', 'untrained', 'measured', 'overfit', 'timed_steps', 'free_memory', 'undisturbed',
+           'initial_loss', 'excess', 'untrained', 'measured', 'overfit', 'timed_steps', 'free_memory',
            'embedding_weights', 'check_plan', 'check_model']
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-3
 import copy
 import math
-import random
 import time
-from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import numpy as np
@@ -228,15 +226,6 @@ def free_memory():
     except (OSError, StopIteration): return None
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-32
-@contextmanager
-def undisturbed():
-    "The random states of torch and Python as they were before, afterwards."
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(): yield
-    finally: random.setstate(state)
-
-# %% ../../nbs/doctor/02_config.ipynb #cell-34
 def embedding_weights(model):
     "-> (weights of the item table, weights of all embeddings)."
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]

@@ -6,18 +6,17 @@
 __all__ = ['RULES', 'NEEDS', 'lint_report', 'lint_files', 'line_of']
 
 # %% ../../nbs/lint/00_lint.ipynb #cell-2
-from ..doctor import CHECKS, THRESHOLDS, Card, fine, skipped, worst_first
-from .changes import RULES as CHANGES
+from ..doctor import THRESHOLDS, fine, skipped, worst_first
 from .claims import RULES as CLAIMS
+from .columns import RULES as COLUMNS
 from .comparisons import RULES as COMPARISONS
 from .counts import RULES as COUNTS
 from .curves import RULES as CURVES
 from .collect import read_report
 from .rankings import RULES as RANKINGS
-from .read import LintError
 
-# %% ../../nbs/lint/00_lint.ipynb #cell-4
-RULES = {id: rule for rules in (COUNTS, RANKINGS, CHANGES, CURVES, COMPARISONS, CLAIMS) for id, rule in rules.items()}
+# %% ../../nbs/lint/00_lint.ipynb #cell-5
+RULES = {id: rule for rules in (COUNTS, RANKINGS, COLUMNS, CURVES, COMPARISONS, CLAIMS) for id, rule in rules.items()}
 
 def _has(*names): return lambda r: any(f.name in names for f in r.facts)
 def _metric(*kinds): return lambda r: any(f.metric in kinds for f in r.metrics)
@@ -29,7 +28,7 @@ NEEDS = {"D01": ("averages or a sparsity", _has("avg_user", "avg_item", "sparsit
          "R01": ("two metrics of one ranking", lambda r: len({f.name for f in r.metrics}) > 1), "R02": ("hit rates", _hits), "R03": ("validation and test values", lambda r: any(f.split for f in r.metrics)), "R04": ("MRR", _metric("MRR")),
          "R05": ("a curve", _curve), "T05": ("a loss", _has("loss")), "T06": ("a curve", _curve), "T07": ("metrics", lambda r: bool(r.metrics)), "T14": ("a best epoch", lambda r: bool(r.named("best_epoch")) or _curve(r)), "R08": ("values of two epochs", _curve)}
 
-# %% ../../nbs/lint/00_lint.ipynb #cell-7
+# %% ../../nbs/lint/00_lint.ipynb #cell-8
 def lint_report(path_or_text, every=False, limits=THRESHOLDS):
     """[Card] of a report, gravest first: what its numbers say about each other. A path (str or Path) or the text itself; `evidence` is "file:line", for text "text:line".
 

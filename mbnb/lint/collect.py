@@ -43,7 +43,7 @@ def table_facts(doc, table):
 
 def _percent(table, heads):
     "Whether the metrics of a table are printed in percent without a sign: some exceed 1."
-    for no, cells in table.rows:
+    for _, cells in table.rows:
         for j, cell in enumerate(cells[:len(heads)]):
             if (heads[j] or METRIC.search(cells[0])) and j and (n := cell_number(cell)) and n.suffix == "" and n.value > 1.0 and not _NOTE.search(table.header[j]) and not _CHANGE.search(table.header[j]): return True
     return False

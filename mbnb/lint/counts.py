@@ -11,10 +11,9 @@ import math
 import re
 
 from ..doctor import THRESHOLDS, finding, grade
-from .collect import read_report
 from .facts import COUNTS
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-4
+# %% ../../nbs/lint/04_counts.ipynb #cell-5
 PUBLIC = {
     "ML-100K": {"named": r"\bml[-_ ]?100k\b|movielens[-_ ]?100k", "users": 943, "items": 1682, "rows": 100_000,
                 "floors": [("HR@10", "", "100 uniform negatives without the history", .402, .415), ("HR@10", "", "100 uniform negatives", .335, .350)]},
@@ -41,7 +40,7 @@ def number_of(report, name):
     public, row = known_set(report)
     return (float(row[name]), public) if name in row else (None, "")
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-7
+# %% ../../nbs/lint/04_counts.ipynb #cell-8
 def scopes(report):
     "[{name: Fact}]: counts that stand together: a table row, a table column, or the lines of one block."
     groups, blocks = {}, {l.no: l.block for l in report.doc.lines}
@@ -90,7 +89,7 @@ def statistics_identity(report, limits=THRESHOLDS):
             if c and c.message not in seen: seen.add(c.message); out.append(c)
     return out
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-12
+# %% ../../nbs/lint/04_counts.ipynb #cell-13
 _OTHER_SPLIT = re.compile(r"temporal split|time[- ]based split|global (?:temporal|time)|ratio split|\b\d{1,2}\s*[:/]\s*\d{1,2}\s*[:/]\s*\d{1,2}\b(?=.{0,20}split)|按时间划分|session", re.I | re.A)
 _LOO = re.compile(r"leave[- _]?one[- _]?out|留一", re.I | re.A)
 
@@ -109,7 +108,7 @@ def too_short(report, limits=THRESHOLDS):
             break
     return out
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-15
+# %% ../../nbs/lint/04_counts.ipynb #cell-16
 def mixed_stages(report, limits=THRESHOLDS):
     "D15: a public data set with one count as published and another one filtered."
     public, row = known_set(report)
@@ -123,7 +122,7 @@ def mixed_stages(report, limits=THRESHOLDS):
     said = ", ".join(f"{x.value:,.0f} {k} (unfiltered, as published)" for k, x in same.items() if k != n)
     return [finding("D15", "W", f"{f.value:,.0f} {n} (filtered; {public} has {row[n]:,}) with {said}", "Take all counts after the last filter: embeddings of dropped items are never trained, and shares of the catalogue come out wrong.", f.value, row[n], report.at(f.line))]
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-18
+# %% ../../nbs/lint/04_counts.ipynb #cell-19
 def many_negatives(report, limits=THRESHOLDS):
     "C01: negatives beside the catalogue, of a configuration that is in use."
     items, where = number_of(report, "items")
@@ -161,5 +160,5 @@ def embedding_share(report, limits=THRESHOLDS):
     if not limits["C03.embedding"] < share <= 1: return []
     return [finding("C03", "I", f"{share:.1%} of {total / 1e6:.3f} M are item embeddings ({items:,.0f} x {d.value:.0f}), {(total - d.value * items) / 1e3:.0f} k are network", "Width and catalogue decide the size; a larger network costs next to nothing.", share, limits["C03.embedding"], report.at(p.line))]
 
-# %% ../../nbs/lint/04_counts.ipynb #cell-20
+# %% ../../nbs/lint/04_counts.ipynb #cell-21
 RULES = {"D01": statistics_identity, "D02": too_short, "D15": mixed_stages, "C01": many_negatives, "C02": many_parameters, "C03": embedding_share}

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .read import numbers, parse, shape_of
+from .read import numbers, shape_of
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-3
+# %% ../../nbs/lint/02_facts.ipynb #cell-4
 @dataclass(frozen=True, slots=True)
 class Fact:
     "A number with its meaning. Metrics are shares of one; `group` names values of one ranking; `variant` the column, model or phase it belongs to."
@@ -43,7 +43,7 @@ class Fact:
     @property
     def k(self): return int(self.name.partition("@")[2] or 0)
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-5
+# %% ../../nbs/lint/02_facts.ipynb #cell-6
 _PLAN = re.compile(r"预期|预计|期望|预估|保守估计|乐观估计|目标(?!物品|行为|商品|项目|用户|函数|是|排|不|和)|(?<![_-])\btargets?\b(?!\s*(?:items?|behaviou?rs?|users?|domain|column|position|sequence)|_)|\bexpect(?:ed|ation|ations|s)?\b|\bgoals?\b|"
                    r"\bplanned\b|\bprojected\b|\bestimated?\b|\bhop(?:e|ed|ing)\b|\bshould (?:reach|be|get|give)\b|可能提升|应该(?:在|能)?|≈|成功标志|失败标志|里程碑|\bmilestones?\b", re.I | re.A)
 _AGAINST = re.compile(r"对比|相比|\bvs\b|\bversus\b|compar", re.I | re.A)
@@ -84,7 +84,7 @@ def _split(words):
     named = [s for s, p in SPLITS.items() if p.search(words)]
     return named[0] if len(named) == 1 else ""
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-8
+# %% ../../nbs/lint/02_facts.ipynb #cell-9
 METRICS = {"recall": "Recall", "召回率": "Recall", "hr": "HR", "hit": "HR", "hits": "HR", "hitrate": "HR", "hitratio": "HR", "命中率": "HR", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "precision": "Precision"}
 _BARE = r"recall|hit[ _-]?(?:rate|ratio)|hits?|hr|ndcg|mrr|map|precision|召回率|命中率"
 METRIC = re.compile(rf"(?<![A-Za-z])({_BARE})\s?(?:@|_at_)\s?(\d+)(?![\d.])", re.I | re.A)
@@ -138,7 +138,7 @@ def _classify(key):
     if _LOSS.search(key) and not re.search(r"weight|function|函数|权重|alpha|比|type|类型|scale", key): return "loss", "loss"
     return ("setting", key) if re.fullmatch(r"[a-z_][\w.]*(?: [a-z]\w*){0,2}", key) else None
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-11
+# %% ../../nbs/lint/02_facts.ipynb #cell-12
 _LINK = re.compile(r"""(?:[\s:=≈~)\]]|['"]\s*,?|->|→|\bis\b|\bwas\b|\bof\b|\bat\b|\breach(?:es|ed)\b|\bequals\b|\bfrom\b|\bgets\b|\bscores\b|达到了?|高达|达|为|约|从|仅|仍|稳定在|震荡|[<>≥≤]=?|\([^()\d]{0,12}\)|\[[^\]]{0,20}\])*""", re.A)
 FROM = re.compile(r"\s*\S{0,8}?\s*(?:→|->|=>|降[至到为]|升[至到]|下降[到至]|上升[到至]|提[升高][到至]|增[加长]?[到至]|减[少]?[到至]|暴[增涨][到至]|变为|to\b)", re.A)      # what follows the first number of a pair
 _EPOCH = re.compile(r"\bepoch\s*[:=#]?\s*(-?\d+)(?!\s*[-~]\s*\d|\d|[.%]\d)|第\s*(-?\d+)\s*(?:个?轮|个?epoch)", re.I | re.A)
@@ -184,7 +184,7 @@ def _phase(lead, sections):
     m = next((m for w in [lead, *reversed(sections)] if (m := _PHASE.search(w))), None)
     return m[0].lower() if m else ""
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-14
+# %% ../../nbs/lint/02_facts.ipynb #cell-15
 _IS = re.compile(r"(?P<op>[:=≈<>]|->)\s*(?P<rest>[~≈约<>=\s]*)(?=[-+.\d])")
 _LABEL = re.compile(r"([A-Za-z_#][\w. /#-]{0,40}|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?$")
 def loss_split(label): return split_of(label) or "train"
@@ -233,7 +233,7 @@ def _pair(line, m, label, head, kind, n):
                 plan=is_plan(head + op, line), proposal=proposal, mark="<" if "<" in op else ">" if ">" in op else "", variant=phase_of(line), text=n.text, group=("block", line.block),
                 context=" / ".join([*line.headings, line.lead, head + label]))
 
-# %% ../../nbs/lint/02_facts.ipynb #cell-17
+# %% ../../nbs/lint/02_facts.ipynb #cell-18
 _NUM = r"(\d{1,3}(?:,\d{3})+|\d+)"
 _SENTENCE = [("users", re.compile(_NUM + r"\s*(?:个|名|位)?\s*(?:用户(?!交互)|(?:unique |distinct |test )?users\b)", re.I | re.A)),
              ("items", re.compile(_NUM + r"\s*(?:个|件)?\s*(?:物品(?!交互)|商品|(?:unique |distinct )?(?:items|products|movies)\b)", re.I | re.A)),

@@ -15,11 +15,10 @@ from ..doctor import THRESHOLDS, finding
 from ..evaluators.metrics import check_identities
 from ..evaluators.tables import chance_z, fits_cases, hit_lattice, implied_hits, mean_rank_floor, rank_bounds, smallest_cases
 from .counts import known_set, number_of
-from .collect import read_report
 from .facts import METRIC, metric_name
 from .read import numbers
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-4
+# %% ../../nbs/lint/05_rankings.ipynb #cell-5
 _SEVERAL = re.compile(r"multi[- ]target|several targets|multiple (?:targets|ground|relevant)|basket|80\s*[:/]\s*20 split|lightgcn|['\"]RS['\"]|matrix factori[sz]ation|多目标|多个目标物品", re.I | re.A)
 
 def rows(report):
@@ -50,7 +49,7 @@ def several_targets(report, facts):
         if f.metric == "Recall" and (abs(row.get(f"HR@{f.k}", f.value) - f.value) > 2 * f.unit or abs(row.get(f"Precision@{f.k}", f.value / f.k) * f.k - f.value) > (f.k + 1) * f.unit): return True
     return report.kept("_several", lambda: bool(_SEVERAL.search(report.doc.prose)))
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-6
+# %% ../../nbs/lint/05_rankings.ipynb #cell-7
 _FULL = re.compile(r"full[- _]?(?:rank|sort|catalog|item|eval)|['\"]full['\"]|\bmode['\"]?\s*[:=]\s*full|(?:all|entire|whole|complete) (?:the )?(?:items|catalog\w*|item set)|over the catalog|over all [\d,]+|全库|全量(?:排序|评估|物品)|全排序|全物品|全部物品", re.I | re.A)
 _SAMPLED = re.compile(r"\b(?:uni|pop)[-_ ]?(\d+)\b|(\d+)\s*(?:random(?:ly)?|sampled|uniform(?:ly)?|popular|popularity)?[- ]*(?:sampled |drawn )?negatives?\b|sampled (?:metrics|evaluation|ranking)|(\d+)\s*个(?:随机)?负(?:样本|例)|采样评估", re.I | re.A)
 _BOTH = re.compile(r"\bvs\b|\bor\b|或|还是|versus", re.I | re.A)
@@ -90,7 +89,7 @@ def _candidates(report):
     f = saturated(report)
     return (f.k, f.line, False) if f else (None, None, False)
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-9
+# %% ../../nbs/lint/05_rankings.ipynb #cell-10
 def protocol(report, limits=THRESHOLDS):
     "C07: a cutoff at or above the number of candidates (E); no protocol in a report with metrics (W); sampled metrics under a plain name (I)."
     m, line, stated = candidates(report)
@@ -136,7 +135,7 @@ def largest_step(report):
     name = max(by, key=lambda k: (len(by[k]), k), default=None)
     return (by[name][min(by[name])], by[name][max(by[name])]) if name and len(by[name]) > 1 else None
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-12
+# %% ../../nbs/lint/05_rankings.ipynb #cell-13
 def identities(report, limits=THRESHOLDS):
     "R01: rows whose HR/Recall, NDCG and MRR cannot come from one ranking."
     out, (m, _), seen = [], stated_candidates(report), set()
@@ -164,7 +163,7 @@ def _segment(b):
     bound = "0" if b.high < 5e-5 and b.low <= 0 else f"[{b.low:.4f}, {b.high:.4f}]"
     return f"{b.what} {'=' if ' - ' in b.what else 'is'} {b.found:.4f}, allowed {bound}"
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-13
+# %% ../../nbs/lint/05_rankings.ipynb #cell-14
 def _implied(row, unit, broken):
     "-> ({K: (low, high)} of the hit rate that NDCG implies beyond the last sound cutoff, that cutoff); ({}, None) where NDCG is not what broke."
     cut = sorted(int(b.what.partition("@")[2].split()[0]) for b in broken if b.rule == 2 and b.what.startswith("NDCG") and " - " in b.what)
@@ -211,7 +210,7 @@ def _resting(report, row, broken):
     lines = [l.no for l in report.doc.unique if (ms := list(METRIC.finditer(l.text))) and len(ms) > 1 and metric_name(ms[0]) in row and metric_name(ms[1]) in row and re.fullmatch(r"\s*=\s*", l.text[ms[0].end():ms[1].start()])]
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))} falls with it" if lines else ""
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-18
+# %% ../../nbs/lint/05_rankings.ipynb #cell-19
 def case_lattice(report, limits=THRESHOLDS):
     "R02: the number of cases that the printed hit rates allow, held against the number that is claimed."
     if re.search(r"\d\s*(?:±|\+/-)\s*\.?\d|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I | re.A): return []
@@ -265,7 +264,7 @@ def _by_fit(report, values, unit, found, said, limits):
 
 def same(a, b): return abs(a - b) <= 1
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-21
+# %% ../../nbs/lint/05_rankings.ipynb #cell-22
 def _by_split(report, split):
     "{key: {name: Fact}}: values of a split, by epoch, or by group where no epoch is named."
     out = {}
@@ -276,7 +275,7 @@ def _by_split(report, split):
 def test_is_validation(report, limits=THRESHOLDS):
     "R03: test values that equal those of a validation epoch (E); a report that selects on validation and shows no test value (W)."
     tests, valids = _by_split(report, "test"), _by_split(report, "valid")
-    for (at, who), test in tests.items():
+    for (_, who), test in tests.items():
         for (key, other), valid in valids.items():
             shared = [n for n in test if n in valid and 0 < test[n].value < 1]
             if who != other and who and other or len(shared) < limits["R03.shared"]: continue
@@ -295,7 +294,7 @@ def _no_test(report, tests, valids):
     n = len({(f.name, f.epoch) for f in chosen})
     return [finding("R03", "W", f"{n} validation values and no test value{f' (line {said} says so)' if said else ''}: what is shown is the selection", "Evaluate the chosen epoch once on the test split and print that.", 0, 1, report.at(chosen[0].line))]
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-24
+# %% ../../nbs/lint/05_rankings.ipynb #cell-25
 _MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank|position))\s*(?:[≈=:~]|of|is|was|为|在|第|约|大约|about|around|approximately)*\s*", re.I | re.A)
 
 def mean_rank(report, limits=THRESHOLDS):
@@ -322,7 +321,7 @@ def _harmonic(report, line, n, mrr):
         said = f"the mean rank is at least {mean_rank_floor(hits.value, 0, 0, hits.k):.2f}, since {1 - hits.value:.1%} stand beyond {hits.k}" if hits else "the mean rank is larger, and the printed values do not say by how much"
     return finding("R04", "W", f"{n.value:g} is 1/{mrr.name}, a harmonic mean of ranks; {said}", "Print the mean or median rank from the ranks themselves, or call the number harmonic.", n.value, 1 / mrr.value, report.at(line.no))
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-27
+# %% ../../nbs/lint/05_rankings.ipynb #cell-28
 _UNTRAINED = re.compile(r"untrained|before training|random(?:ly)? init\w*|初始化|训练前|未训练|\bat init", re.I | re.A)
 
 def untrained(report, limits=THRESHOLDS):
@@ -342,5 +341,5 @@ def hit_cases(report):
     cases, chance = hit_lattice(hits, 1e-4) if len(hits) > 2 else (None, 1.)
     return cases if chance < THRESHOLDS["R02.lattice"] else None
 
-# %% ../../nbs/lint/05_rankings.ipynb #cell-29
+# %% ../../nbs/lint/05_rankings.ipynb #cell-30
 RULES = {"C07": protocol, "R01": identities, "R02": case_lattice, "R03": test_is_validation, "R04": mean_rank, "C10": untrained}
