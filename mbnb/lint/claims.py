@@ -34,6 +34,8 @@ _GAIN = r"(?:\s*of (?:the |this |that |our |its |total |overall )*(?:\w+ ){0,2}?
 _IN_TEXT = re.compile(r"(?P<n>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%" + _GAIN + r"[^.;%]{0,40}?(?:\bdue to\b|because of|caused by|attribut(?:able|ed) to|comes? from|stems? from|explained by|来自|归因于|由于|归功于)\s*(?P<what>[^.,;%]{2,40})"
                       r"|(?P<what2>[^.,;:%]{2,40}?)\s*(?:accounts? for|contributes?|is responsible for|explains?|贡献了?|解释了?)\s*(?:about|roughly|约|大约|~)?\s*[+]?(?P<n2>\d+(?:\.\d+)?(?:\s*[-~]\s*\d+(?:\.\d+)?)?)\s*%" + _GAIN.replace("|的", "|的(?!.{0,6}(?:提升|下降|差距|改善))"), re.I | re.A)
 
+_GAINED = re.compile(r"gain|improv|drop|loss|gap|declin|rise|performance|提升|下降|性能|效果|改善", re.I | re.A)
+
 def shares(report):
     "[Share] of lists under a causal lead (two or more items), and of sentences that name a cause."
     lists, out = {}, []
@@ -46,7 +48,7 @@ def shares(report):
             lists.setdefault((l.block, l.lead), []).append(Share(m["what"].strip(" *:-"), float(low), float(high or low), l.no, (l.block, l.lead), " ".join(l.sections[-1:]) if _CAUSE.search(l.lead) else ""))
             continue
         t = _IN_TEXT.search(l.text) if "%" in l.text else None
-        if t: out.append(Share(re.sub(r"^[\s*+-]+|预期|预计|expected\\s*", "", t["what"] or t["what2"]).strip() or "what the line speaks of", float(re.split(r"[-~]", t["n"] or t["n2"])[0]), float(re.split(r"[-~]", t["n"] or t["n2"])[-1]), l.no, ("text", l.no), ""))
+        if t and (t["n"] or " of " in l.text[t.start("n2"):] or _GAINED.search(l.text)): out.append(Share(re.sub(r"^[\s*+-]+|预期|预计|expected\\s*", "", t["what"] or t["what2"]).strip() or "what the line speaks of", float(re.split(r"[-~]", t["n"] or t["n2"])[0]), float(re.split(r"[-~]", t["n"] or t["n2"])[-1]), l.no, ("text", l.no), ""))
     return sorted([s for found in lists.values() if len(found) > 1 for s in found] + out, key=lambda s: s.line)
 
 _CODE = [("D04, D05 and D06", re.compile(r"映射|id_to|lookup|look-up|mapping|\.get\(", re.I | re.A)), ("C13", re.compile(r"前缀|prefix|adapter|全是 ?0|all zeros?", re.I | re.A)), ("C15", re.compile(r"all[-_]?reduce|DDP|分布式|distributed", re.I | re.A))]
@@ -75,7 +77,7 @@ def _two(report, what, a, b, fix="Correct one of the two."):
     return finding("R11", "W", f"{what}: {a.text.strip()} (line {a.line}) and {b.text.strip()} (line {b.line})", fix, b.value, a.value, report.at(a.line))
 
 _OTHERS = re.compile(r"baseline|基线|论文|paper|\bvs\b|对比|ablat|消融|compar|sweep|grid|搜索|版\b|版本|variant|each (?:data ?set|model)|\bold\b|\bnew\b|original|before|after|过滤|filter|原始|raw\b", re.I | re.A)
-_SETTINGS = {"patience", "batch_size", "d_model", "learning_rate", "max_len", "negatives", "eval_negatives", "min_count", "seed", "n_layers", "num_layers", "n_heads", "num_heads"}
+_SETTINGS = {"patience", "batch_size", "d_model", "learning_rate", "max_len", "negatives", "eval_negatives", "min_count", "n_layers", "num_layers", "n_heads", "num_heads"}
 
 def _firsts(facts):
     "The first two facts that do not agree, or None."

@@ -144,7 +144,7 @@ def unpaired(report, limits=THRESHOLDS):
     return [finding("R08", "I", f"{name} {b.value - a.value:+.4g} between epochs {a.epoch} and {b.epoch} is {abs(b.value - a.value) / se:.1f} SE unpaired at n = {n:,}", "Compare on the same cases: a paired test needs the ranks of both.", abs(b.value - a.value) / se, limits["T04.se"], report.at(b.line))]
 
 _SEEDS = re.compile(r"\d\s*(?:±|\+/-|\+-|\\pm)\s*\.?\d|standard deviation|\bstd\b|标准差\s*[:=]?\s*\d|(?:[2-9]|\d\d) (?:random )?seeds|[2-9]\s*个(?:随机)?种子|(?:averag\w+|mean) (?:over|of|across) (?:\d+|three|five|ten)|(?:three|five|ten) (?:random )?(?:seeds|runs)|(?:[3-9]|\d\d) (?:independent )?runs|次独立|平均.{0,6}次(?:实验|运行)|confidence interval|置信区间|\bp\s*[<=]\s*0?\.\d|paired|bootstrap", re.I | re.A)
-_HEDGE = re.compile(r"如果|若|可能|预期|目标|预计|\bif\b|\bmay\b|\bmight\b|\bcould\b|\bshould\b|\bwould\b|expect|target|\bnot\b|cannot|unclear|不能|无法|不优于|超过\s*[\d≥]|exceeds? \d|\?", re.I | re.A)
+_HEDGE = re.compile(r"如果|若|可能|预期|目标|预计|\bif\b|\bmay\b|\bmight\b|\bcould\b|\bshould\b|\bwould\b|expect|target|\bnot\b|cannot|unclear|不能|无法|reports? that|claims? that|et al|\(\D{3,40}\d{4}\)|不优于|超过\s*[\d≥]|exceeds? \d|\?", re.I | re.A)
 
 def one_run(report, limits=THRESHOLDS):
     "R09: a claim to be better, from one run."

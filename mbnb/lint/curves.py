@@ -16,7 +16,7 @@ from ..evaluators.tables import best_of, slope
 from .changes import minutes_total, paired
 from .counts import number_of
 from .collect import curve, monitored
-from .facts import METRIC, metric_name
+from .facts import METRIC, is_proposal, metric_name
 from .rankings import hit_cases
 
 # %% ../../nbs/lint/08_curves.ipynb #cell-5
@@ -202,6 +202,9 @@ def step_time(report, limits=THRESHOLDS):
     for l in report.doc.having(_STEP):
         times = step_times(l.text)
         if len(times) == 2 and re.search(r"→|->|=>|到|至|\bto\b", l.text) and times[1] > limits["T03.warn"] * times[0] and not _planned(l): return [_slow(report, l.no, *times, limits)]
+    told = [(int(m[1]), t[0], l.no) for l in report.doc.having(_STEP) if (t := step_times(l.text)) and len(t) == 1 and not _planned(l) and not is_proposal(l) and (m := re.match(r"\W*(?:epochs?|第)\s*(\d+)", l.text, re.I | re.A)) and not re.search(r"\d+%\s*\|", l.text)]
+    for (e, a, _), (f, b, no) in zip(told, told[1:]):
+        if f > e and b > limits["T03.warn"] * a: return [_slow(report, no, a, b, limits)]
     logged = [(t, l.no) for l in report.doc.having(re.compile(f"{_TIMED.pattern}|{_STEP.pattern}", re.I | re.A)) for t in _logged(l.text)]
     return _sudden(report, logged, limits) if len(logged) > 9 else []
 
@@ -274,8 +277,8 @@ def metric_noise(report, limits=THRESHOLDS):
     (n, _), out = n_cases(report), []
     for l, name, a, b in moves(report):
         if not n or a == b or abs(b - a) >= limits["T04.se"] * se(a, n) or name.split("@")[0] not in ("HR", "Recall"): continue
-        each = (b - a) / math.hypot(se(a, n), se(b, n))
-        out.append(finding("T04", "I", f"{name} {b - a:+.4f} is {abs(b - a) / se(a, n):.2f} SE at n = {n:,} ({abs(each):.2f} of the difference): noise{_meanwhile(report, name, a, b)}", "Do not explain a difference below two standard errors; compare on the same cases with a paired test.", abs(b - a) / se(a, n), limits["T04.se"], report.at(l.no)))
+        each = (b - a) / (math.hypot(se(a, n), se(b, n)) or math.inf)
+        out.append(finding("T04", "I", f"{name} {b - a:+.4f} is {abs(b - a) / (se(a, n) or math.inf):.2f} SE at n = {n:,} ({abs(each):.2f} of the difference): noise{_meanwhile(report, name, a, b)}", "Do not explain a difference below two standard errors; compare on the same cases with a paired test.", abs(each), limits["T04.se"], report.at(l.no)))
     return out
 
 def _meanwhile(report, name, a, b):
@@ -300,7 +303,7 @@ def loss_without_metric(report, limits=THRESHOLDS):
     hit = next(((l, name, x, y) for l, name, x, y in moves(report) if name.split("@")[0] in ("HR", "Recall") and l.block == line.block), None) or _first_last(report)
     if not hit: return []
     l, name, x, y = hit
-    z = (y - x) / math.hypot(se(x, n), se(y, n))
+    z = (y - x) / (math.hypot(se(x, n), se(y, n)) or math.inf)
     if z >= limits["T04.se"]: return []
     return [finding("T05", "W", f"loss {a:g} -> {b:g} ({(b - a) / a:+.2%} in {epochs} epochs) while {name} {x:.4f} -> {y:.4f} is {z:+.1f} SE (n = {n:,}){_perplexity(report, b, fact)}", "Check targets and candidates of training against those of the evaluation.", z, limits["T04.se"], report.at(line.no))]
 

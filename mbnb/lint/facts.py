@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .read import numbers, shape_of
+from .read import last_digit, numbers, shape_of
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-4
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Fact:
     def k(self): return int(self.name.partition("@")[2] or 0)
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-6
-_PLAN = re.compile(r"预期|预计|期望|预估|保守估计|乐观估计|目标(?!物品|行为|商品|项目|用户|函数|是|排|不|和)|(?<![_-])\btargets?\b(?!\s*(?:items?|behaviou?rs?|users?|domain|column|position|sequence)|_)|\bexpect(?:ed|ation|ations|s)?\b|\bgoals?\b|"
+_PLAN = re.compile(r"预期|预计|期望|预估|保守估计|乐观估计|目标(?!物品|行为|商品|项目|用户|函数|是|排|不|和)|(?<![_-])(?<!each )(?<!every )(?<!per )(?<!one )\btargets?\b(?!\s*(?:is|are|was|ranks?|in|among|at|and|appears|items?|behaviou?rs?|users?|domain|column|position|sequence)|_)|\bexpect(?:ed|ation|ations|s)?\b|\bgoals?\b|"
                    r"\bplanned\b|\bprojected\b|\bestimated?\b|\bhop(?:e|ed|ing)\b|\bshould (?:reach|be|get|give)\b|可能提升|应该(?:在|能)?|≈|成功标志|失败标志|里程碑|\bmilestones?\b", re.I | re.A)
 _AGAINST = re.compile(r"对比|相比|\bvs\b|\bversus\b|compar", re.I | re.A)
 _PROPOSAL = re.compile(r"建议|改进|方案|优化(?!器|目标)|尝试|可选|下一步|后续|propos|suggest|recommend(?:ation|ed|s)?\b(?! system)|improvements?\b|next steps?|future work|\btry\b|\bto do\b|\btodo\b", re.I | re.A)
@@ -56,7 +56,9 @@ def plans(words): return bool(_PLAN.search(words)) and not _AGAINST.search(words
 
 def is_plan(label, line):
     "Whether a number behind `label` on this line is a target or an expectation: its label, what introduces it, or a heading below the first says so."
-    return _plan_word(shape_of(label)) or _plan_around(line.lead, line.sections)
+    return _plan_word(shape_of(_SENTENCE_END.split(label)[-1])) or _plan_around(line.lead, line.sections)
+
+_SENTENCE_END = re.compile(r"[.!?]\s|;")
 
 @lru_cache(4096)
 def _plan_word(label): return _PLAN.search(label) is not None
@@ -185,8 +187,8 @@ def _phase(lead, sections):
     return m[0].lower() if m else ""
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-15
-_IS = re.compile(r"(?P<op>[:=≈<>]|->)\s*(?P<rest>[~≈约<>=\s]*)(?=[-+.\d])")
-_LABEL = re.compile(r"([A-Za-z_#][\w. /#-]{0,40}|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?$")
+_IS = re.compile(r"(?P<op>[:=≈<>]|->|(?<=\bloss)(?: of| is| about| around| should be| will be)?(?=\s))\s*(?P<rest>[~≈约<>=\s]*)(?=[-+.\d])")
+_LABEL = re.compile(r"((?<![A-Za-z0-9_.])[A-Za-z_#](?:[\w /#-]|\.(?=\w)){0,40}|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?$")
 def loss_split(label): return split_of(label) or "train"
 
 _HOURS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:h\b|hours?|hrs?|小时)\s*(?:(\d+)\s*(?:m\b|min\w*|分钟?))?|(\d+(?:\.\d+)?)\s*(?:min\w*|m\b|分钟)|(\d+(?:\.\d+)?)\s*(?:d\b|days?|天)", re.I | re.A)
@@ -199,12 +201,13 @@ def minutes_in(text):
     if m[3]: return float(m[3]), 10. ** -len(m[3].partition(".")[2])
     return float(m[4]) * 1440, 1440.
 
+_ONLY_EPOCH = re.compile(r"epoch\s*\d+", re.I | re.A)           # below a heading or lead about the loss
 _USED = re.compile(r".*\b(?:used?|using|with|uses|sets?|has|had|was trained with)\s+(?:a |an |the )?", re.I | re.A)
 
 def pair_facts(line):
     "Facts of `label: number` pairs that are no metrics."
     out = []
-    if not any(c in line.text for c in ":=≈<>"): return out
+    if not any(c in line.text for c in ":=≈<>") and "loss" not in line.text: return out
     ns = None
     for m in _IS.finditer(line.text):
         before = line.text[max(0, m.start() - 60):m.start()]
@@ -212,6 +215,7 @@ def pair_facts(line):
         if not found or before[:found.start()].endswith("@") or METRIC.search(before, found.start()): continue
         label = found[1]
         kind = classify(_USED.sub("", label)) if _USED.match(label) else classify(label)
+        if _ONLY_EPOCH.fullmatch(label.strip()) and _LOSS.search(line.lead.rpartition(" / ")[2] or " ".join(line.sections[-1:])): kind = ("loss", "loss")
         if kind is None: continue
         if ns is None: ns = numbers(line.text)
         n = next((n for n in ns if n.start == m.end()), None)
@@ -248,6 +252,8 @@ _RUNS = [("best_epoch", re.compile(r"第\s*(\d+)\s*(?:个epoch|轮)(?:达到|为
          ("epochs_run", re.compile(r"(?:完成|trained (?:for )?|completed |ran (?:for )?|stopped after )\s*(\d+)\s*(?:个|轮)?\s*(?:epochs?|轮)", re.I | re.A))]
 
 _NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|uniformly sampled|popular|popularity-sampled)\s+)*(?:negatives?\b(?! (?:log|sample rate))|负样本|负例)", re.I | re.A)
+_MANY = {"k": 1e3, "m": 1e6, "b": 1e9, "million": 1e6, "billion": 1e9}
+_PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s?(k|m|b|\s?million|\s?billion)\s*(?:trainable |total |model )?(?:parameters|params|参数)", re.I | re.A)
 _EVALUATED = re.compile(r"evaluat|\brank(?:ed|ing|s)?\b|\btest|valid|candidate|评估|评测|验证|测试|候选", re.I | re.A)
 _FRACTION = re.compile(r"(?<![\d.,])(\d{1,5})\s*/\s*(\d{1,3}(?:,\d{3})+|\d{3,})\s*=\s*\d+(?:\.\d+)?\s*%")
 
@@ -264,6 +270,8 @@ def sentence_facts(line):
     out += [Fact("eval_negatives" if _EVALUATED.search(line.lead + t) else "negatives", float(m[1].replace(",", "")), 1., line.no, "setting", plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no), text=m[1], context=t) for m in _NEGATIVES.finditer(t)]
     m = _FRACTION.search(t)
     if m and re.search(r"负样本|negativ", " ".join([t, line.lead, *line.headings[-1:]]), re.I | re.A): out.append(Fact("items", float(m[2].replace(",", "")), 1., line.no, "count", proposal=is_proposal(line), group=("line", line.no), text=m[0], context=t))
+    out += [Fact("parameters", float(m[1]) * _MANY[m[2].strip().lower()], last_digit(m[1]) * _MANY[m[2].strip().lower()], line.no, "setting", plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no),
+                 about=bool(re.search(r"[~≈约]\s?$|about $", t[:m.start()])), text=m[0].split("p")[0].strip(), context=t) for m in _PARAMETERS.finditer(t)]
     for name, pattern in _RUNS:
         m = pattern.search(t)
         if m and not (name == "last_epoch" and "如果" in t): out.append(Fact(name, float(m[1]), 1., line.no, "run", plan=is_plan("", line), proposal=is_proposal(line), text=m[1], context=t))

@@ -125,7 +125,10 @@ def _unstated(report):
     return finding("C07", "W", f"{f.name} {f.text} (line {f.line}) {'has no protocol and no number of cases' if not n else 'has no protocol'}: neither full ranking nor a number of negatives is stated{worth}",
                    "State candidates (full, or how many negatives and how drawn), split, filter and the number of test cases.", None, None, report.at(f.line))
 
-def _z(a, b, n): return (b - a) / math.hypot(math.sqrt(a * (1 - a) / n), math.sqrt(b * (1 - b) / n))
+def _z(a, b, n):
+    "(b - a) in standard errors of the difference of two shares over n cases."
+    se = math.hypot(*(math.sqrt(max(p * (1 - p), 0.) / n) for p in (a, b)))
+    return (b - a) / se if se else 0.
 
 def largest_step(report):
     "(first, last) Fact of the hit rate with the smallest and largest epoch, or None."

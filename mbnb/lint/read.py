@@ -81,7 +81,7 @@ class Number:
 
 _SCALE = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "万": 1e4, "亿": 1e8}
 _NOT = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{4}年\d{1,2}月(?:\d{1,2}日)?|(?<![@\w.])\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?![\d.])|(?<![\d.])\d+\.\d+\.\d+(?:\.\d+)*(?![\d.])|[\w./\\-]+\.(?:py|json|log|md|yaml|yml|txt|ckpt|pth?|csv|npz|ipynb)\b")
-_NUMBER = re.compile(r"(?P<about>[~≈约]\s?|about |approx\.? )?(?<![A-Za-z0-9_.@#])(?P<sign>(?<![\dA-Za-z%)\]\u4e00-\u9fff])[+-]|(?<=[\u4e00-\u9fff仅])[+]|)(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+_NUMBER = re.compile(r"(?P<about>[~≈约]\s?|about |approx\.? )?(?<![A-Za-z0-9_.@#])(?P<sign>(?<![\dA-Za-z%)\]\u4e00-\u9fff])[+-]|(?<=[\u4e00-\u9fff仅])[+]|)(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d+)"
                      r"(?P<suffix>\s?%|\s?[kKMB](?![A-Za-z])|万|亿|\s?x(?![A-Za-z0-9]|\s*\d)|\s?倍)?")
 
 def last_digit(digits):
@@ -105,6 +105,7 @@ def numbers(text):
     if _FOREIGN.search(text): text = _NOT.sub(lambda m: " " * len(m[0]), text)
     out = []
     for m in _NUMBER.finditer(text):
+        if len(m["digits"]) > 30: continue                      # a hash or a hidden number, no measurement
         n = _one(m)
         if out and not n.signed and out[-1].high is None and _DASH.fullmatch(text, out[-1].end, n.start) and n.value >= out[-1].value: out[-1] = _range(out[-1], n, text)
         else: out.append(n)
