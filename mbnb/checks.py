@@ -217,9 +217,9 @@ def check_loss(loss, n_items=200, N=300, D=8):
 
 # %% ../nbs/13_checks.ipynb #cell-23
 FLOORS = {"events": 0, "toyshop": 0, "layers": 0, "repeat": 0, "sequences": 1, "items": 1, "datasets": 1, "models": 2, "losses": 2, "evaluators": 2, "fit": 3, "runs": 3, "pack": 3,
-          "doctor": 3, "checks": 3, "lint": 3, "zoo": 4, "experiment": 4, "plots": 5, "report": 5, "panel": 5, "writers": 5, "compare": 5, "compare_figures": 5, "compare_panel": 5, "sweep": 5, "cli": 6}
+          "doctor": 3, "checks": 3, "lint": 3, "zoo": 4, "config": 4, "experiment": 4, "plots": 5, "report": 5, "panel": 5, "writers": 5, "compare": 5, "compare_figures": 5, "compare_panel": 5, "sweep": 5, "cli": 6}
 BESIDE = {("toyshop", "events"), ("datasets", "sequences"), ("datasets", "items"), ("items", "sequences"), ("evaluators", "evaluators"), ("doctor", "doctor"), ("checks", "fit"),
-          ("experiment", "zoo"), ("layers", "layers"), ("report", "plots"), ("panel", "plots"), ("writers", "plots"), ("compare", "plots"), ("compare", "writers"), ("compare_figures", "plots"), ("compare_figures", "writers"), ("compare_figures", "compare"),
+          ("config", "zoo"), ("experiment", "zoo"), ("experiment", "config"), ("layers", "layers"), ("report", "plots"), ("panel", "plots"), ("writers", "plots"), ("compare", "plots"), ("compare", "writers"), ("compare_figures", "plots"), ("compare_figures", "writers"), ("compare_figures", "compare"),
           ("compare_panel", "writers"), ("compare_panel", "compare"), ("compare_panel", "compare_figures"), ("sweep", "plots"), ("doctor", "runs"), ("pack", "runs"), ("lint", "doctor"), ("lint", "lint"), ("doctor", "checks"), ("doctor", "fit")}
 
 def imported(path, package):

@@ -137,7 +137,8 @@ def show_cards(cards, where, as_json=False):
 
 def do_doctor(args):
     "The doctor's cards of a run, of a file of parameters, or of `-p` pairs before they are run."
-    from mbnb.experiment import PARAMETERS, configure, doctor, saved_parameters
+    from mbnb.config import PARAMETERS
+    from mbnb.experiment import configure, doctor, saved_parameters
     def target(what): return configure(**saved_parameters(read_json(what))) if what.endswith(".json") else folder_of(what, args.runs_dir)
     if not args.what: return show_cards({"these parameters": doctor(configure(**read_parameters(args.p, PARAMETERS)), args.stage)}, "doctor of", args.json)
     cards = {what: doctor(target(what), args.stage) for what in args.what}

@@ -560,7 +560,8 @@ def reevaluate(entry, like, protocol=None, say=lambda text: None):
     "Entry of a run judged again as Entry `like` was (by `protocol`, default its first), on the same data. CompareError where data or split differ: no evaluation mends that."
     from mbnb import datasets
     from mbnb.evaluators import metrics
-    from mbnb.experiment import NOT_SAVED, PARAMETERS, baseline_table, build_model, build_plans, configure, intervals, rank_model, rank_rules
+    from mbnb.config import PARAMETERS
+    from mbnb.experiment import NOT_SAVED, baseline_table, build_model, build_plans, configure, intervals, rank_model, rank_rules
     from mbnb.runs import read_checkpoint
     for key in ("dataset", "data_hash", "split_hash"):
         if entry.config.get(key) != like.config.get(key): raise CompareError(f"{entry.id} and {like.id} differ in {key} ({entry.config.get(key)} and {like.config.get(key)}): judging again does not help, train on the same data and split")

@@ -34,7 +34,8 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .experiment import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, clock_text, make_config, preset_of
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of
+from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
 from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request

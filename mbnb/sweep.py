@@ -36,7 +36,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .events import MbnbError
-from .experiment import NOT_SAVED, PARAMETERS, SECTIONS, check_parameters, configure, meaning, parse_set
+from .config import PARAMETERS, SECTIONS, check_parameters, parse_set
+from .experiment import NOT_SAVED, configure, meaning
 from .plots import COLORS
 from .runs import (LIVE, Journal, Lock, RunError, check_run_id, derived_status, differences, is_alive, process_start, read_json, read_records, run_path,
                        save_json, send_request, this_process)

@@ -7,6 +7,7 @@ __all__ = ['RULES', 'NEEDS', 'lint_report', 'lint_files', 'line_of']
 
 # %% ../../nbs/lint/00_lint.ipynb #cell-2
 from ..doctor import THRESHOLDS, fine, skipped, worst_first
+from .candidates import RULES as CANDIDATES
 from .claims import RULES as CLAIMS
 from .columns import RULES as COLUMNS
 from .comparisons import RULES as COMPARISONS
@@ -14,19 +15,25 @@ from .counts import RULES as COUNTS
 from .curves import RULES as CURVES
 from .collect import read_report
 from .rankings import RULES as RANKINGS
+from .steps import RULES as STEPS
 
 # %% ../../nbs/lint/00_lint.ipynb #cell-5
-RULES = {id: rule for rules in (COUNTS, RANKINGS, COLUMNS, CURVES, COMPARISONS, CLAIMS) for id, rule in rules.items()}
+RULES = {id: rule for rules in (COUNTS, CANDIDATES, RANKINGS, COLUMNS, STEPS, CURVES, COMPARISONS, CLAIMS) for id, rule in rules.items()}
 
 def _has(*names): return lambda r: any(f.name in names for f in r.facts)
 def _metric(*kinds): return lambda r: any(f.metric in kinds for f in r.metrics)
 _hits, _curve = _metric("HR", "Recall"), lambda r: any(f.epoch is not None for f in r.metrics)
 
-NEEDS = {"D01": ("averages or a sparsity", _has("avg_user", "avg_item", "sparsity", "density")), "D02": ("lengths of users", _has("min_count", "avg_user")), "D15": ("counts of users and items", _has("users", "items")),
-         "C01": ("a number of negatives", _has("negatives", "eval_negatives")), "C02": ("a number of parameters", _has("parameters")), "C03": ("a number of parameters", _has("parameters")), "C09": ("a loss", _has("loss")),
-         "C05": ("a patience", _has("patience")), "C06": ("a patience", _has("patience")), "C07": ("metrics", lambda r: bool(r.metrics)), "C10": ("a value before training", _curve), "C20": ("a loss", _has("loss")),
-         "R01": ("two metrics of one ranking", lambda r: len({f.name for f in r.metrics}) > 1), "R02": ("hit rates", _hits), "R03": ("validation and test values", lambda r: any(f.split for f in r.metrics)), "R04": ("MRR", _metric("MRR")),
-         "R05": ("a curve", _curve), "T05": ("a loss", _has("loss")), "T06": ("a curve", _curve), "T07": ("metrics", lambda r: bool(r.metrics)), "T14": ("a best epoch", lambda r: bool(r.named("best_epoch")) or _curve(r)), "R08": ("values of two epochs", _curve)}
+NEEDS = {"D01": ("averages or a sparsity", _has("avg_user", "avg_item", "sparsity", "density")),
+         "D02": ("lengths of users", _has("min_count", "avg_user")), "D15": ("counts of users and items", _has("users", "items")),
+         "C01": ("a number of negatives", _has("negatives", "eval_negatives")), "C02": ("a number of parameters", _has("parameters")), "C03": ("a number of parameters",
+             _has("parameters")), "C09": ("a loss", _has("loss")),
+         "C05": ("a patience", _has("patience")), "C06": ("a patience", _has("patience")), "C07": ("metrics",
+             lambda r: bool(r.metrics)), "C10": ("a value before training", _curve), "C20": ("a loss", _has("loss")),
+         "R01": ("two metrics of one ranking", lambda r: len({f.name for f in r.metrics}) > 1), "R02": ("hit rates", _hits), "R03": ("validation and test values",
+             lambda r: any(f.split for f in r.metrics)), "R04": ("MRR", _metric("MRR")),
+         "R05": ("a curve", _curve), "T05": ("a loss", _has("loss")), "T06": ("a curve", _curve),
+         "T07": ("metrics", lambda r: bool(r.metrics)), "T14": ("a best epoch", lambda r: bool(r.named("best_epoch")) or _curve(r)), "R08": ("values of two epochs", _curve)}
 
 # %% ../../nbs/lint/00_lint.ipynb #cell-8
 def lint_report(path_or_text, every=False, limits=THRESHOLDS):

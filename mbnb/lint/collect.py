@@ -45,7 +45,8 @@ def _percent(table, heads):
     "Whether the metrics of a table are printed in percent without a sign: some exceed 1."
     for _, cells in table.rows:
         for j, cell in enumerate(cells[:len(heads)]):
-            if (heads[j] or METRIC.search(cells[0])) and j and (n := cell_number(cell)) and n.suffix == "" and n.value > 1.0 and not _NOTE.search(table.header[j]) and not _CHANGE.search(table.header[j]): return True
+            if not j or not (heads[j] or METRIC.search(cells[0])) or _NOTE.search(table.header[j]) or _CHANGE.search(table.header[j]): continue
+            if (n := cell_number(cell)) and n.suffix == "" and n.value > 1.: return True
     return False
 
 def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
@@ -60,15 +61,19 @@ def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
     at = epoch_of(head, label if epoch is None else "") if epoch is None else int(numbers(cells[epoch])[0].value) if numbers(cells[epoch]) else None
     if at is None and epoch is None: at = epoch_of(*line.headings[-1:], line.lead)
     row = " ".join(c for i, c in enumerate(cells) if i in (who, data)) if kind in ("metric", "count") and {who, data} != {None} else ""
-    variant = row or (head if kind != "metric" and len(table.header) > 2 and not re.fullmatch(r"值|value|取值|数值|setting", head, re.I | re.A) else head if kind == "metric" and METRIC.search(label) and not re.search(r"^@|值|value|dataloader", head, re.I | re.A) else "")
+    variant = row or (head if kind != "metric" and len(table.header) > 2 and not re.fullmatch(r"值|value|取值|数值|setting", head, re.I | re.A) else head if kind == "metric"
+        and METRIC.search(label) and not re.search(r"^@|值|value|dataloader", head, re.I | re.A) else "")
     if kind == "metric": value, unit, high = as_share(n, percent and n.suffix == "")
     elif name in ("sparsity", "density"): (value, unit), high = n.share(), None
     elif name == "minutes": value, unit, high = *(minutes_in(cell) or (n.value, n.unit)), None
     else: value, unit, high = n.value, n.unit, n.high
     words = f"{label} {head}"
     if kind == "loss" and _EPOCH.search(head): variant = label
-    return Fact(name, value, unit, no, kind, high, split=loss_split(f"{label} {head}") if kind == "loss" else split_of(cell, head, label, line.lead, *reversed(line.sections)), epoch=at, plan=is_plan(words, line) or bool(_PLAN.search(cell)),
-                proposal=is_proposal(line), group=group, variant=variant, mark="<" if "<" in cell else ">" if ">" in cell else "", about=n.about, text=n.text, context=" / ".join([*line.headings, line.lead, words]))
+    return Fact(name, value, unit, no, kind, high,
+                split=loss_split(f"{label} {head}") if kind == "loss" else split_of(cell, head, label, line.lead, *reversed(line.sections)), epoch=at,
+                plan=is_plan(words, line) or bool(_PLAN.search(cell)),
+                proposal=is_proposal(line), group=group, variant=variant, mark="<" if "<" in cell else ">" if ">" in cell else "", about=n.about,
+                text=n.text, context=" / ".join([*line.headings, line.lead, words]))
 
 def _meaning(table, no, label, head, j, heads):
     "(name, group, kind) of a cell by its header and its row's label; name None = no known meaning."
@@ -121,25 +126,48 @@ def read_report(path_or_text, name=None):
     "Report of a path or text."
     own, text = load(path_or_text)
     doc = parse(text, name or own)
-    facts, epoch, silent = [], None, {f: set() for f in (metric_facts, pair_facts, sentence_facts)}
+    facts, epoch, known = [], None, {}
     for line in doc.lines:
         m = _LOG_EPOCH.search(line.text) if "poch" in line.text else None
         if m: epoch = int(m[1])
-        for extract, shapes in silent.items():
-            if line.shape in shapes: continue                   # lines of this shape hold none
-            found = extract(line)
-            if not found: shapes.add(line.shape)
-            elif extract is metric_facts and epoch is not None and not m: found = [_of_epoch(f, line, epoch) for f in found]
-            facts += found
+        found = _facts_of(line, known)
+        if epoch is not None and not m: found = [_of_epoch(f, line, epoch) for f in found]
+        facts += found
     for table in doc.tables: facts += table_facts(doc, table)
     return Report(doc, sorted(facts, key=lambda f: f.line))
 
+def _facts_of(line, known):
+    "The facts of a line; of a line whose shape was seen under the same headings, the same facts with its own numbers."
+    key = line.shape, line.lead, line.sections, line.code
+    if key not in known:
+        facts = metric_facts(line) + pair_facts(line) + sentence_facts(line)
+        known[key] = _places(line, facts)
+        return facts
+    return known[key] if known[key] == [] else metric_facts(line) + pair_facts(line) + sentence_facts(line) if known[key] is None else [_again(line,
+        *place) for place in known[key]]
+
+def _places(line, facts):
+    "[(Fact, span of its number, span of its epoch or None)] where each number stands once and plain on the line; None if a line of this shape must be read anew."
+    ns, m, out = numbers(line.text) if facts else [], _EPOCH.search(line.text), []
+    spans = {n.text: (n.start, n.end) for n in ns if n.suffix == "" and n.high is None and not n.signed and n.text[-1:].isdigit()}
+    for f in facts:
+        at = spans.get(f.text)
+        if at is None or sum(n.text == f.text for n in ns) > 1 or float(line.text[slice(*at)].replace(",", "")) != f.value: return None
+        out.append((f, at, m.span(1) if m and m[1] and f.epoch == int(m[1]) else None))
+    return out
+
+def _again(line, f, at, epoch):
+    text = line.text[at[0]:at[1]]
+    e = int(line.text[epoch[0]:epoch[1]]) if epoch else f.epoch
+    group = ("line", line.no) if f.group[:1] == ("line",) else ("block", line.block, *((e,) if f.group[2:] and f.group[2] is not None else f.group[2:])) if f.group else ()
+    return Fact(f.name, float(text.replace(",", "")), f.unit, line.no, f.kind, None, f.split, e, f.plan, f.proposal, group, f.variant, f.mark, f.about, f.literal, text, f.context)
+
 def _of_epoch(f, line, epoch):
     "The Fact of a log's result line, with the epoch that the log was in."
-    mine = f.epoch is None and f.split == "valid" and (_RESULT.search(line.text) or METRIC.match(line.text.strip()) and _RESULT.search(line.lead))
+    mine = f.kind == "metric" and f.epoch is None and f.split == "valid" and (_RESULT.search(line.text) or METRIC.match(line.text.strip()) and _RESULT.search(line.lead))
     return replace(f, epoch=epoch) if mine else f
 
-# %% ../../nbs/lint/03_collect.ipynb #cell-10
+# %% ../../nbs/lint/03_collect.ipynb #cell-12
 def curve(report, name):
     "{epoch: Fact} of the longest source of a measured metric (or of the training \"loss\"), validation values before others; {} if none names epochs."
     return report.kept(("curve", name), lambda: _curve(report, name))

@@ -19,7 +19,8 @@ PUBLIC = {
                 "floors": [("HR@10", "", "100 uniform negatives without the history", .402, .415), ("HR@10", "", "100 uniform negatives", .335, .350)]},
     "ML-1M": {"named": r"\bml[-_ ]?1m\b|movielens[-_ ]?1m\b", "users": 6040, "items": 3706, "rows": 1_000_209, "floors": []},
     "Beauty 5-core": {"named": r"\bbeauty\b", "users": 22_363, "items": 12_101, "rows": 198_502,
-                      "floors": [("HR@10", "test", "full", .0113, .0113), ("HR@10", "valid", "full", .0160, .0160), ("NDCG@10", "test", "full", .0053, .0053), ("NDCG@10", "valid", "full", .0078, .0078)]},
+                      "floors": [("HR@10", "test", "full", .0113, .0113), ("HR@10", "valid", "full", .0160, .0160),
+                                 ("NDCG@10", "test", "full", .0053, .0053), ("NDCG@10", "valid", "full", .0078, .0078)]},
 }
 
 def same_count(a, b): return abs(a - b) <= 1                    # libraries count the pad as a user and an item
@@ -84,13 +85,15 @@ def statistics_identity(report, limits=THRESHOLDS):
     out, seen = [], set()
     for scope in scopes(report):
         s = _filled(report, scope)
-        found = [_average(report, s, name, of, limits) for name, of in (("avg_user", "users"), ("avg_item", "items")) if name in scope] + [_sparsity(report, s, limits)] * ({"sparsity", "density"} & scope.keys() != set())
+        found = [_average(report, s, name, of, limits) for name, of in (("avg_user", "users"), ("avg_item", "items")) if name in scope] + [_sparsity(report, s,
+            limits)] * ({"sparsity", "density"} & scope.keys() != set())
         for c in found:
             if c and c.message not in seen: seen.add(c.message); out.append(c)
     return out
 
 # %% ../../nbs/lint/04_counts.ipynb #cell-13
-_OTHER_SPLIT = re.compile(r"temporal split|time[- ]based split|global (?:temporal|time)|ratio split|\b\d{1,2}\s*[:/]\s*\d{1,2}\s*[:/]\s*\d{1,2}\b(?=.{0,20}split)|按时间划分|session", re.I | re.A)
+_OTHER_SPLIT = re.compile(r"temporal split|time[- ]based split|global (?:temporal|time)|ratio split|\b\d{1,2}\s*[:/]\s*\d{1,2}\s*[:/]\s*\d{1,2}\b(?=.{0,20}split)|按时间划分"
+    r"|session", re.I | re.A)
 _LOO = re.compile(r"leave[- _]?one[- _]?out|留一", re.I | re.A)
 
 def too_short(report, limits=THRESHOLDS):
@@ -100,11 +103,15 @@ def too_short(report, limits=THRESHOLDS):
     least = [f for f in report.named("min_count", proposal=False) if f.value < held + limits["D02.training"]]
     if least:
         f = least[0]
-        out.append(finding("D02", "W", f"min length {f.text} minus {held} held out = {max(0, f.value - held):.0f} training event{'s' * (f.value - held != 1)}", f"Keep users with at least {held + limits['D02.training']:.0f} events, or say how many cases have no transition to learn from.", f.value - held, limits["D02.training"], report.at(f.line)))
+        out.append(finding("D02", "W", f"min length {f.text} minus {held} held out = {max(0, f.value - held):.0f} training event{'s' * (f.value - held != 1)}",
+            f"Keep users with at least {held + limits['D02.training']:.0f} events, or say how many cases have no transition to learn from.", f.value - held,
+            limits["D02.training"], report.at(f.line)))
     for s in scopes(report):
         f = s.get("avg_user")
         if f and not f.about and 0 < f.value + f.unit / 2 < limits["D02.events"]:
-            out.append(finding("D02", "W", f"{f.text} rows per user on average; leave-one-out takes {held} of each user and needs {limits['D02.events']:.0f}", "Say what a row is (one list a user?) and which split was used; sequences this short cannot be split per user.", f.value, limits["D02.events"], report.at(f.line)))
+            out.append(finding("D02", "W", f"{f.text} rows per user on average; leave-one-out takes {held} of each user and needs {limits['D02.events']:.0f}",
+                "Say what a row is (one list a user?) and which split was used; sequences this short cannot be split per user.", f.value, limits["D02.events"],
+                report.at(f.line)))
             break
     return out
 
@@ -120,7 +127,8 @@ def mixed_stages(report, limits=THRESHOLDS):
     if not same or not other or re.search(r"before filtering|after filtering|过滤前|过滤后", report.doc.prose, re.I | re.A): return []
     n, f = next(iter(other.items()))
     said = ", ".join(f"{x.value:,.0f} {k} (unfiltered, as published)" for k, x in same.items() if k != n)
-    return [finding("D15", "W", f"{f.value:,.0f} {n} (filtered; {public} has {row[n]:,}) with {said}", "Take all counts after the last filter: embeddings of dropped items are never trained, and shares of the catalogue come out wrong.", f.value, row[n], report.at(f.line))]
+    return [finding("D15", "W", f"{f.value:,.0f} {n} (filtered; {public} has {row[n]:,}) with {said}",
+        "Take all counts after the last filter: embeddings of dropped items are never trained, and shares of the catalogue come out wrong.", f.value, row[n], report.at(f.line))]
 
 # %% ../../nbs/lint/04_counts.ipynb #cell-19
 def many_negatives(report, limits=THRESHOLDS):
@@ -138,7 +146,8 @@ def many_negatives(report, limits=THRESHOLDS):
     each = public["rows"] / public["users"] if public else rows / users if rows and users else None
     false = f"; unfiltered, {f.value * each / items:.1f} of them are positives of the user" if each and f.value * each / items > limits["C01.false"] else ""
     advice = "Rank the full catalogue: it costs the same and means more." if f.name == "eval_negatives" else "Draw fewer, leave out the user's positives, or use the full softmax."
-    return [finding("C01", severity, f"{f.value:,.0f}/{items:,.0f} = {share:.1%} of the catalogue are drawn as negatives{false}", advice, share, limits["C01.error" if severity == "E" else "C01.warn"], report.at(f.line))]
+    return [finding("C01", severity, f"{f.value:,.0f}/{items:,.0f} = {share:.1%} of the catalogue are drawn as negatives{false}", advice, share,
+        limits["C01.error" if severity == "E" else "C01.warn"], report.at(f.line))]
 
 def many_parameters(report, limits=THRESHOLDS):
     "C02: parameters beside users and rows."
@@ -148,7 +157,8 @@ def many_parameters(report, limits=THRESHOLDS):
     network = max(0., p.value - (d.value * items if d and items else 0))
     if not (users and p.value / users > limits["C02.per_user"] or rows and network / rows > limits["C02.per_row"]): return []
     said = ", ".join(f"{p.value / n:,.0f} {'parameters ' * first}per {of}" for first, n, of in ((bool(users), users, "user"), (not users, rows, "row")) if n)
-    return [finding("C02", "W", f"{said}: {p.text} parameters for {f'{users:,.0f} users' if users else f'{rows:,.0f} rows'}", "Shrink the network, or show that a smaller one does worse.", p.value / (users or rows), limits["C02.per_user" if users else "C02.per_row"], report.at(p.line))]
+    return [finding("C02", "W", f"{said}: {p.text} parameters for {f'{users:,.0f} users' if users else f'{rows:,.0f} rows'}",
+        "Shrink the network, or show that a smaller one does worse.", p.value / (users or rows), limits["C02.per_user" if users else "C02.per_row"], report.at(p.line))]
 
 def embedding_share(report, limits=THRESHOLDS):
     "C03: share of item vectors among the parameters."
@@ -158,7 +168,9 @@ def embedding_share(report, limits=THRESHOLDS):
     if size and abs(size.value * 1e6 / 4 - total) <= p.unit: total = size.value * 1e6 / 4          # four bytes a weight, and more digits
     share = d.value * items / total
     if not limits["C03.embedding"] < share <= 1: return []
-    return [finding("C03", "I", f"{share:.1%} of {total / 1e6:.3f} M are item embeddings ({items:,.0f} x {d.value:.0f}), {(total - d.value * items) / 1e3:.0f} k are network", "Width and catalogue decide the size; a larger network costs next to nothing.", share, limits["C03.embedding"], report.at(p.line))]
+    return [finding("C03", "I",
+        f"{share:.1%} of {total / 1e6:.3f} M are item embeddings ({items:,.0f} x {d.value:.0f}), {(total - d.value * items) / 1e3:.0f} k are network",
+        "Width and catalogue decide the size; a larger network costs next to nothing.", share, limits["C03.embedding"], report.at(p.line))]
 
 # %% ../../nbs/lint/04_counts.ipynb #cell-21
 RULES = {"D01": statistics_identity, "D02": too_short, "D15": mixed_stages, "C01": many_negatives, "C02": many_parameters, "C03": embedding_share}

@@ -44,10 +44,14 @@ class Fact:
     def k(self): return int(self.name.partition("@")[2] or 0)
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-6
-_PLAN = re.compile(r"预期|预计|期望|预估|保守估计|乐观估计|目标(?!物品|行为|商品|项目|用户|函数|是|排|不|和)|(?<![_-])(?<!each )(?<!every )(?<!per )(?<!one )\btargets?\b(?!\s*(?:is|are|was|ranks?|in|among|at|and|appears|items?|behaviou?rs?|users?|domain|column|position|sequence)|_)|\bexpect(?:ed|ation|ations|s)?\b|\bgoals?\b|"
+_PLAN = re.compile(r"预期|预计|期望|预估|保守估计|乐观估计|目标(?!物品|行为|商品|项目|用户|函数|是|排|不|和)|"
+                   r"(?<![_-])(?<!each )(?<!every )(?<!per )(?<!one )\btargets?\b"
+                   r"(?!\s*(?:is|are|was|ranks?|in|among|at|and|appears|items?|behaviou?rs?|users?|domain|column|position|sequence)|_)|"
+                   r"\bexpect(?:ed|ation|ations|s)?\b|\bgoals?\b|"
                    r"\bplanned\b|\bprojected\b|\bestimated?\b|\bhop(?:e|ed|ing)\b|\bshould (?:reach|be|get|give)\b|可能提升|应该(?:在|能)?|≈|成功标志|失败标志|里程碑|\bmilestones?\b", re.I | re.A)
 _AGAINST = re.compile(r"对比|相比|\bvs\b|\bversus\b|compar", re.I | re.A)
-_PROPOSAL = re.compile(r"建议|改进|方案|优化(?!器|目标)|尝试|可选|下一步|后续|propos|suggest|recommend(?:ation|ed|s)?\b(?! system)|improvements?\b|next steps?|future work|\btry\b|\bto do\b|\btodo\b", re.I | re.A)
+_PROPOSAL = re.compile(r"建议|改进|方案|优化(?!器|目标)|尝试|可选|下一步|后续|propos|suggest|recommend(?:ation|ed|s)?\b(?! system)|improvements?\b|next steps?|future work|\btry\b|\bto do\b"
+    r"|\btodo\b", re.I | re.A)
 _CURRENT = re.compile(r"当前|目前|现在|现有|\bcurrent(?:ly)?\b|\bnow\b|\bas run\b|\bused\b", re.I | re.A)
 
 _FOUND = re.compile(r"发现|结论|诊断|findings?|conclusions?|diagnos", re.I | re.A)     # a heading of results and advice heads results too
@@ -87,7 +91,8 @@ def _split(words):
     return named[0] if len(named) == 1 else ""
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-9
-METRICS = {"recall": "Recall", "召回率": "Recall", "hr": "HR", "hit": "HR", "hits": "HR", "hitrate": "HR", "hitratio": "HR", "命中率": "HR", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "precision": "Precision"}
+METRICS = {"recall": "Recall", "召回率": "Recall", "hr": "HR", "hit": "HR", "hits": "HR", "hitrate": "HR", "hitratio": "HR", "命中率": "HR", "ndcg": "NDCG", "mrr": "MRR",
+    "map": "MAP", "precision": "Precision"}
 _BARE = r"recall|hit[ _-]?(?:rate|ratio)|hits?|hr|ndcg|mrr|map|precision|召回率|命中率"
 METRIC = re.compile(rf"(?<![A-Za-z])({_BARE})\s?(?:@|_at_)\s?(\d+)(?![\d.])", re.I | re.A)
 
@@ -99,8 +104,10 @@ COUNTS = {
     "sparsity": r"稀疏[度性]|sparsity", "density": r"密度|density",
     "cases": r"test(?:ing)? (?:cases|users|samples|instances|interactions|rows)|测试(?:用例|样本|用户|交互)|n_cases|evaluat\w+ (?:users|cases)",
     "users": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:unique |distinct )?users?(?: count)?$|^(?:总|不同)?用户(?:总?数量?|总数)?$|^users? num(?:ber)?$",
-    "items": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:unique |distinct )?(?:items?|products?|movies)(?: count)?$|^(?:总|不同)?(?:物品|商品|项目)(?:总?数量?|总数)?$|catalog(?:ue)?(?: size)?$",
-    "rows": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:interactions?|inters?|events?|ratings?|actions?|rows|records|reviews)(?: count)?$|^(?:总)?(?:交互|评分|行为|记录)(?:记录)?(?:总?数量?|总数)$",
+    "items": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:unique |distinct )?(?:items?|products?|movies)(?: count)?$|"
+             r"^(?:总|不同)?(?:物品|商品|项目)(?:总?数量?|总数)?$|catalog(?:ue)?(?: size)?$",
+    "rows": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:interactions?|inters?|events?|ratings?|actions?|rows|records|reviews)(?: count)?$|"
+            r"^(?:总)?(?:交互|评分|行为|记录)(?:记录)?(?:总?数量?|总数)$",
     "sequences": r"^(?:n|num|number)?[ _]*(?:of )?sequences$|^序列(?:总?数量?|总数)$",
 }
 SETTINGS = {
@@ -111,8 +118,10 @@ SETTINGS = {
     "d_model": r"^(?:\w+[ _])?hidden[ _]?(?:size|dim\w*|units)$|^d_?model$|^(?:item[ _])?emb\w*[ _]?(?:size|dim\w*)$|^隐藏(?:层)?维度$",
     "parameters": r"^(?:total|trainable|model|all|number of|num|n|#)?[ _]*(?:trainable )?param(?:eter)?s?(?: count)?$|^(?:总|模型|可训练)?参数(?:总)?[量数]?$|^total params$",
     "size_mb": r"^(?:model|estimated model|total estimated model params) ?size(?: ?\(mb\))?$|^模型大小$|params size \(mb\)",
-    "min_count": r"^min[ _]?(?:uc|len\w*|inter\w*|user\w*|seq\w*|count|events)(?:[ _]\w+)?$|^最小(?:用户)?交互(?:次数|数)$|^minimum (?:number of )?(?:interactions|events|length|sequence length)(?: per user)?$",
-    "learning_rate": r"^(?:learning[ _]?rate|lr)$|^学习率$", "dropout": r"^(?:\w+[ _])?dropout(?:[ _](?:rate|prob|ratio))?$", "max_len": r"^max\w*[ _]?(?:item_list_|seq\w*[ _]|list[ _])?len\w*$|^最大序列长度$",
+    "min_count": r"^min[ _]?(?:uc|len\w*|inter\w*|user\w*|seq\w*|count|events)(?:[ _]\w+)?$|^最小(?:用户)?交互(?:次数|数)$|"
+                 r"^minimum (?:number of )?(?:interactions|events|length|sequence length)(?: per user)?$",
+    "learning_rate": r"^(?:learning[ _]?rate|lr)$|^学习率$", "dropout": r"^(?:\w+[ _])?dropout(?:[ _](?:rate|prob|ratio))?$",
+    "max_len": r"^max\w*[ _]?(?:item_list_|seq\w*[ _]|list[ _])?len\w*$|^最大序列长度$",
 }
 RUN = {
     "best_epoch": r"^best(?: model)?(?: epoch)?$|^最佳(?:模型|epoch|轮次|轮数)?$|best epoch|最佳(?:epoch|轮次)",
@@ -120,7 +129,8 @@ RUN = {
     "epochs_run": r"^(?:total |trained |completed )?epochs(?: run| trained| completed)$|^总(?:训练)?(?:epoch|轮数|轮次)$|^实际训练轮数$|^训练轮数$",
     "minutes": r"^(?:total )?(?:training|train|run|running|wall|elapsed)[ -]?(?:time|clock|duration)$|^(?:总)?(?:训练|运行)(?:总)?(?:时间|时长)$|训练总时长|总训练时间|^total time$",
 }
-_FAMILIES = [("count", {k: re.compile(v, re.I | re.A) for k, v in COUNTS.items()}), ("setting", {k: re.compile(v, re.I | re.A) for k, v in SETTINGS.items()}), ("run", {k: re.compile(v, re.I | re.A) for k, v in RUN.items()})]
+_FAMILIES = [("count", {k: re.compile(v, re.I | re.A) for k, v in COUNTS.items()}), ("setting", {k: re.compile(v, re.I | re.A) for k, v in SETTINGS.items()}),
+    ("run", {k: re.compile(v, re.I | re.A) for k, v in RUN.items()})]
 _LOSS = re.compile(r"(?<![a-z])loss|损失", re.I | re.A)
 
 _known = {}
@@ -141,7 +151,8 @@ def _classify(key):
     return ("setting", key) if re.fullmatch(r"[a-z_][\w.]*(?: [a-z]\w*){0,2}", key) else None
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-12
-_LINK = re.compile(r"""(?:[\s:=≈~)\]]|['"]\s*,?|->|→|\bis\b|\bwas\b|\bof\b|\bat\b|\breach(?:es|ed)\b|\bequals\b|\bfrom\b|\bgets\b|\bscores\b|达到了?|高达|达|为|约|从|仅|仍|稳定在|震荡|[<>≥≤]=?|\([^()\d]{0,12}\)|\[[^\]]{0,20}\])*""", re.A)
+_LINK = re.compile(r"""(?:[\s:=≈~)\]]|['"]\s*,?|->|→|\bis\b|\bwas\b|\bof\b|\bat\b|\breach(?:es|ed)\b|\bequals\b|"""
+                   r"""\bfrom\b|\bgets\b|\bscores\b|达到了?|高达|达|为|约|从|仅|仍|稳定在|震荡|[<>≥≤]=?|\([^()\d]{0,12}\)|\[[^\]]{0,20}\])*""", re.A)
 FROM = re.compile(r"\s*\S{0,8}?\s*(?:→|->|=>|降[至到为]|升[至到]|下降[到至]|上升[到至]|提[升高][到至]|增[加长]?[到至]|减[少]?[到至]|暴[增涨][到至]|变为|to\b)", re.A)      # what follows the first number of a pair
 _EPOCH = re.compile(r"\bepoch\s*[:=#]?\s*(-?\d+)(?!\s*[-~]\s*\d|\d|[.%]\d)|第\s*(-?\d+)\s*(?:个?轮|个?epoch)", re.I | re.A)
 
@@ -173,7 +184,8 @@ def metric_facts(line):
         value, unit, high = as_share(n)
         mark = "<" if re.search(r"[<≤]", between) else ">" if re.search(r"[>≥]", between) or line.text[n.end:n.end + 1] == "+" else ""
         out.append(Fact(metric_name(m), value, unit, line.no, high=high, mark=mark, about=n.about or "~" in between, text=n.text, literal=bool(re.search(r"['\"]\s*[:,]", between)),
-                        split=split_of(label[-24:], label, line.lead.rpartition(" / ")[2], *reversed(line.sections)), epoch=None if FROM.match(line.text, n.end) else epoch_of(label, *line.headings[-1:], line.lead),
+                        split=split_of(label[-24:], label, line.lead.rpartition(" / ")[2], *reversed(line.sections)), epoch=None if FROM.match(line.text,
+                            n.end) else epoch_of(label, *line.headings[-1:], line.lead),
                         plan=is_plan(label + between, line), group=("block", line.block, epoch_of(label)) if alone else ("line", line.no), variant=phase_of(line),
                         context=" / ".join([*line.headings, line.lead, label])))
     return out
@@ -191,7 +203,8 @@ _IS = re.compile(r"(?P<op>[:=≈<>]|->|(?<=\bloss)(?: of| is| about| around| sho
 _LABEL = re.compile(r"((?<![A-Za-z0-9_.])[A-Za-z_#](?:[\w /#-]|\.(?=\w)){0,40}|[\u4e00-\u9fffA-Za-z]{2,12})['\"]?\s*(?:\([^()]{0,16}\)\s*)?$")
 def loss_split(label): return split_of(label) or "train"
 
-_HOURS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:h\b|hours?|hrs?|小时)\s*(?:(\d+)\s*(?:m\b|min\w*|分钟?))?|(\d+(?:\.\d+)?)\s*(?:min\w*|m\b|分钟)|(\d+(?:\.\d+)?)\s*(?:d\b|days?|天)", re.I | re.A)
+_HOURS = re.compile(r"(\d+(?:\.\d+)?)\s*(?:h\b|hours?|hrs?|小时)\s*(?:(\d+)\s*(?:m\b|min\w*|分钟?))?|(\d+(?:\.\d+)?)\s*(?:min\w*|m\b|分钟)|(\d+(?:\.\d+)?)\s*(?:d\b|days?|天)",
+    re.I | re.A)
 
 def minutes_in(text):
     "(minutes, printed unit in minutes) of the first duration in a text, or None."
@@ -221,7 +234,8 @@ def pair_facts(line):
         n = next((n for n in ns if n.start == m.end()), None)
         if n is not None: out.append(_pair(line, m, label, line.text[:m.start() - len(before) + found.start()], kind, n))
     now = _NOW.search(line.text) if out and line.code else None
-    if now and (n := next(iter(numbers(now[1])), None)): out.append(replace(out[0], value=n.value, unit=n.unit, high=n.high, text=n.text, proposal=False, about="可能" in now[0] or "maybe" in now[0]))
+    if now and (n := next(iter(numbers(now[1])), None)): out.append(replace(out[0], value=n.value, unit=n.unit, high=n.high, text=n.text, proposal=False,
+        about="可能" in now[0] or "maybe" in now[0]))
     return out
 
 _NOW = re.compile(r"#.*?(?:当前|目前|currently|now|current)\s*[^\d#]{0,6}?([\d.]+(?:e-?\d+)?)", re.I | re.A)
@@ -233,8 +247,11 @@ def _pair(line, m, label, head, kind, n):
     share = kind[1] in ("sparsity", "density")
     if share: value = n.share()
     proposal = is_proposal(line) and not FROM.match(line.text, n.end) or bool(re.search(r"(?:→|->|=>)\s*$", head))
-    return Fact(kind[1], value[0], value[1], line.no, kind[0], n.high, split=loss_split(label) if kind[0] == "loss" else split_of(label, head), epoch=epoch_of(line.text[:m.end()], *line.headings[-1:]), about=n.about or bool(re.search("[~≈约]", op)),
-                plan=is_plan(head + op, line), proposal=proposal, mark="<" if "<" in op else ">" if ">" in op else "", variant=phase_of(line), text=n.text, group=("block", line.block),
+    return Fact(kind[1], value[0], value[1], line.no, kind[0], n.high,
+                split=loss_split(label) if kind[0] == "loss" else split_of(label, head), epoch=epoch_of(line.text[:m.end()], *line.headings[-1:]),
+                about=n.about or bool(re.search("[~≈约]", op)),
+                plan=is_plan(head + op,
+                    line), proposal=proposal, mark="<" if "<" in op else ">" if ">" in op else "", variant=phase_of(line), text=n.text, group=("block", line.block),
                 context=" / ".join([*line.headings, line.lead, head + label]))
 
 # %% ../../nbs/lint/02_facts.ipynb #cell-18
@@ -242,8 +259,10 @@ _NUM = r"(\d{1,3}(?:,\d{3})+|\d+)"
 _SENTENCE = [("users", re.compile(_NUM + r"\s*(?:个|名|位)?\s*(?:用户(?!交互)|(?:unique |distinct |test )?users\b)", re.I | re.A)),
              ("items", re.compile(_NUM + r"\s*(?:个|件)?\s*(?:物品(?!交互)|商品|(?:unique |distinct )?(?:items|products|movies)\b)", re.I | re.A)),
              ("rows", re.compile(_NUM + r"\s*(?:条|次|个)?\s*(?:交互(?:记录)?|评分|(?:interactions|ratings|events|reviews|records)\b)(?!\s*(?:per|/|每))", re.I | re.A)),
-             ("avg_user", re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:interactions|events|ratings|actions|items|rows|records)\s+)?(?:per user|/user)|(?:平均每(?:个)?用户|每(?:个)?用户平均|用户平均|人均)[^\d≥>≤<]{0,8}(\d+(?:\.\d+)?)\s*(?:次|个|条)", re.I | re.A)),
-             ("avg_item", re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:interactions|events|ratings|actions|users|rows|records)\s+)?(?:per item|/item)|(?:平均每(?:个)?物品|每(?:个)?物品平均|物品平均)[^\d≥>≤<]{0,8}(\d+(?:\.\d+)?)\s*(?:次|个|条)", re.I | re.A)),
+             ("avg_user", re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:interactions|events|ratings|actions|items|rows|records)\s+)?(?:per user|/user)|(?:平均每(?:个)?用户|每(?:个)?用户平均"
+                 r"|用户平均|人均)[^\d≥>≤<]{0,8}(\d+(?:\.\d+)?)\s*(?:次|个|条)", re.I | re.A)),
+             ("avg_item", re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:interactions|events|ratings|actions|users|rows|records)\s+)?(?:per item|/item)|(?:平均每(?:个)?物品|每(?:个)?物品平均"
+                 r"|物品平均)[^\d≥>≤<]{0,8}(\d+(?:\.\d+)?)\s*(?:次|个|条)", re.I | re.A)),
              ("cases", re.compile(_NUM + r"\s*(?:个|条)?\s*(?:测试(?:用例|样本)|test (?:cases|users|instances|rows|samples|interactions))", re.I | re.A))]
 _RUNS = [("best_epoch", re.compile(r"第\s*(\d+)\s*(?:个epoch|轮)(?:达到|为|是)?最[佳好]", re.I | re.A)),
          ("best_epoch", re.compile(r"(?:best|最佳)[^\n,;]{0,24}?(?:epoch\s*[:=]?\s*|第\s*)(\d+)", re.I | re.A)),
@@ -251,7 +270,8 @@ _RUNS = [("best_epoch", re.compile(r"第\s*(\d+)\s*(?:个epoch|轮)(?:达到|为
          ("last_epoch", re.compile(r"(?:epoch\s*|第\s*)(\d+)\s*(?:轮|个epoch)?\s*(?:触发|停止|终止|结束)", re.I | re.A)),
          ("epochs_run", re.compile(r"(?:完成|trained (?:for )?|completed |ran (?:for )?|stopped after )\s*(\d+)\s*(?:个|轮)?\s*(?:epochs?|轮)", re.I | re.A))]
 
-_NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|uniformly sampled|popular|popularity-sampled)\s+)*(?:negatives?\b(?! (?:log|sample rate))|负样本|负例)", re.I | re.A)
+_NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|uniformly sampled|popular|popularity-sampled)\s+)*(?:negatives?\b(?! (?:log|sample rate))|负样本"
+    r"|负例)", re.I | re.A)
 _MANY = {"k": 1e3, "m": 1e6, "b": 1e9, "million": 1e6, "billion": 1e9}
 _PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s?(k|m|b|\s?million|\s?billion)\s*(?:trainable |total |model )?(?:parameters|params|参数)", re.I | re.A)
 _EVALUATED = re.compile(r"evaluat|\brank(?:ed|ing|s)?\b|\btest|valid|candidate|评估|评测|验证|测试|候选", re.I | re.A)
@@ -266,13 +286,18 @@ def sentence_facts(line):
             digits = next(g for g in m.groups() if g)
             if re.search(r"[-~约≈>≤<≥前]\s?$|top[- ]?$|Top$|[.@]$|(?:at least|min\w*|least) $", t[:m.start()]): continue
             unit = 10. ** -len(digits.partition(".")[2])
-            out.append(Fact(name, float(digits.replace(",", "")), unit, line.no, "count", plan=is_plan(t[:m.start()], line), proposal=is_proposal(line), group=("line", line.no), text=digits, context=" / ".join([*line.headings, line.lead, t])))
-    out += [Fact("eval_negatives" if _EVALUATED.search(line.lead + t) else "negatives", float(m[1].replace(",", "")), 1., line.no, "setting", plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no), text=m[1], context=t) for m in _NEGATIVES.finditer(t)]
+            out.append(Fact(name, float(digits.replace(",", "")), unit, line.no, "count", plan=is_plan(t[:m.start()], line), proposal=is_proposal(line), group=("line",
+                line.no), text=digits, context=" / ".join([*line.headings, line.lead, t])))
+    out += [Fact("eval_negatives" if _EVALUATED.search(line.lead + t) else "negatives", float(m[1].replace(",", "")), 1., line.no, "setting", plan=is_plan("", line),
+        proposal=is_proposal(line), group=("line", line.no), text=m[1], context=t) for m in _NEGATIVES.finditer(t)]
     m = _FRACTION.search(t)
-    if m and re.search(r"负样本|negativ", " ".join([t, line.lead, *line.headings[-1:]]), re.I | re.A): out.append(Fact("items", float(m[2].replace(",", "")), 1., line.no, "count", proposal=is_proposal(line), group=("line", line.no), text=m[0], context=t))
-    out += [Fact("parameters", float(m[1]) * _MANY[m[2].strip().lower()], last_digit(m[1]) * _MANY[m[2].strip().lower()], line.no, "setting", plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no),
+    if m and re.search(r"负样本|negativ", " ".join([t, line.lead, *line.headings[-1:]]), re.I | re.A): out.append(Fact("items", float(m[2].replace(",", "")), 1., line.no,
+        "count", proposal=is_proposal(line), group=("line", line.no), text=m[0], context=t))
+    out += [Fact("parameters", float(m[1]) * _MANY[m[2].strip().lower()], last_digit(m[1]) * _MANY[m[2].strip().lower()], line.no, "setting",
+                 plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no),
                  about=bool(re.search(r"[~≈约]\s?$|about $", t[:m.start()])), text=m[0].split("p")[0].strip(), context=t) for m in _PARAMETERS.finditer(t)]
     for name, pattern in _RUNS:
         m = pattern.search(t)
-        if m and not (name == "last_epoch" and "如果" in t): out.append(Fact(name, float(m[1]), 1., line.no, "run", plan=is_plan("", line), proposal=is_proposal(line), text=m[1], context=t))
+        if m and not (name == "last_epoch" and "如果" in t): out.append(Fact(name, float(m[1]), 1., line.no, "run", plan=is_plan("", line), proposal=is_proposal(line),
+            text=m[1], context=t))
     return out

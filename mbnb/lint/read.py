@@ -26,7 +26,8 @@ def read_bytes(data, name):
     if b"\0" in data: raise LintError(f"{name}: byte {data.index(0):,} of {len(data):,} is zero, so this is no text; give the report or log as a text file")
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise LintError(f"{name}: byte {e.start:,} (0x{data[e.start]:02x}) is not UTF-8; save the file as UTF-8, or convert it: iconv -f latin1 -t utf-8 (gb18030 for older Chinese files)") from None
+        raise LintError(f"{name}: byte {e.start:,} (0x{data[e.start]:02x}) is not UTF-8; save the file as UTF-8, or convert it: iconv -f latin1 -t utf-8 (gb18030 for "
+            f"older Chinese files)") from None
 
 def load(path_or_text):
     """-> (name, text) of a path or of text itself. A string without a line break that names a file is a path.
@@ -47,8 +48,10 @@ def looks_like_path(x):
     except OSError: return False
 
 # %% ../../nbs/lint/01_read.ipynb #cell-8
-_PLAIN = str.maketrans({"（": "(", "）": ")", "：": ":", "，": ",", "＝": "=", "％": "%", "～": "~", "＋": "+", "－": "-", "–": "-", "—": "-", "−": "-", "‑": "-", "×": "x", "✕": "x", "；": ";", "。": ". ",
-                        "｜": "|", "│": "|", "┃": "|", "║": "|", "“": '"', "”": '"', "＜": "<", "＞": ">", "【": "[", "】": "]", "\u00a0": " ", "\u3000": " ", "\u202f": " ", "\u2009": " "})
+_PLAIN = str.maketrans({"（": "(", "）": ")", "：": ":", "，": ",", "＝": "=", "％": "%", "～": "~", "＋": "+",
+                        "－": "-", "–": "-", "—": "-", "−": "-", "‑": "-", "×": "x", "✕": "x", "；": ";", "。": ". ",
+                        "｜": "|", "│": "|", "┃": "|", "║": "|", "“": '"', "”": '"',
+                        "＜": "<", "＞": ">", "【": "[", "】": "]", "\u00a0": " ", "\u3000": " ", "\u202f": " ", "\u2009": " "})
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def clean(line):
@@ -58,13 +61,14 @@ def clean(line):
     if "\x1b" in line: line = _COLOR.sub("", line)
     if not line.isascii(): line = line.translate(_PLAIN).replace("\ufe0f", "")
     line = line.replace("**", "").replace("`", "")
-    if line.rstrip().endswith("\\\\") and "&" in line: line = "| " + re.sub(r"\\(?:textbf|underline|mathbf|emph)\{([^{}]*)\}|\$", r"\1", line.rstrip()[:-2]).replace("\\%", "%").replace("&", "|") + " |"
+    if line.rstrip().endswith("\\\\") and "&" in line: line = "| " + re.sub(r"\\(?:textbf|underline|mathbf|emph)\{([^{}]*)\}|\$", r"\1",
+        line.rstrip()[:-2]).replace("\\%", "%").replace("&", "|") + " |"
     return line.rstrip()
 
 # %% ../../nbs/lint/01_read.ipynb #cell-11
 @dataclass(frozen=True, slots=True)
 class Number:
-    "A number as printed: 92.35% is value 92.35, unit .01, suffix \"%\"; 0.8-1.2 is value .8, high 1.2."
+    "A number as printed: 93.41% is value 93.41, unit .01, suffix \"%\"; 0.8-1.2 is value .8, high 1.2."
     value: float
     unit: float
     start: int
@@ -80,12 +84,14 @@ class Number:
     def share(self): return (self.value / 100, self.unit / 100) if self.suffix == "%" else (self.value, self.unit)
 
 _SCALE = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "万": 1e4, "亿": 1e8}
-_NOT = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{4}年\d{1,2}月(?:\d{1,2}日)?|(?<![@\w.])\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?![\d.])|(?<![\d.])\d+\.\d+\.\d+(?:\.\d+)*(?![\d.])|[\w./\\-]+\.(?:py|json|log|md|yaml|yml|txt|ckpt|pth?|csv|npz|ipynb)\b")
-_NUMBER = re.compile(r"(?P<about>[~≈约]\s?|about |approx\.? )?(?<![A-Za-z0-9_.@#])(?P<sign>(?<![\dA-Za-z%)\]\u4e00-\u9fff])[+-]|(?<=[\u4e00-\u9fff仅])[+]|)(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d+)"
+_NOT = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{4}年\d{1,2}月(?:\d{1,2}日)?|(?<![@\w.])\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?![\d.])"
+    r"|(?<![\d.])\d+\.\d+\.\d+(?:\.\d+)*(?![\d.])|[\w./\\-]+\.(?:py|json|log|md|yaml|yml|txt|ckpt|pth?|csv|npz|ipynb)\b")
+_NUMBER = re.compile(r"(?P<about>[~≈约]\s?|about |approx\.? )?(?<![A-Za-z0-9_.@#])(?P<sign>(?<![\dA-Za-z%)\]\u4e00-\u9fff])[+-]|(?<=[\u4e00-\u9fff仅])[+]|)"
+                     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d+)"
                      r"(?P<suffix>\s?%|\s?[kKMB](?![A-Za-z])|万|亿|\s?x(?![A-Za-z0-9]|\s*\d)|\s?倍)?")
 
 def last_digit(digits):
-    "Unit of the last printed digit: '0.8893' -> 1e-4, '1.5e-3' -> 1e-4, '30,691' -> 1."
+    "Unit of the last printed digit: '0.8127' -> 1e-4, '1.5e-3' -> 1e-4, '20,573' -> 1."
     mantissa, _, power = digits.replace(",", "").lower().partition("e")
     return 10. ** (int(power or 0) - len(mantissa.partition(".")[2]))
 
@@ -93,7 +99,8 @@ def _one(m):
     "Number of a match."
     suffix, digits = (m["suffix"] or "").strip(), m["digits"]
     scale = _SCALE.get(suffix, 1.) * (-1 if m["sign"] == "-" else 1)
-    return Number(float(digits.replace(",", "")) * scale, last_digit(digits) * abs(scale), m.start("sign"), m.end(), m[0].strip(), {"%": "%", "x": "x", "倍": "x"}.get(suffix, ""), None, bool(m["sign"]), bool(m["about"]))
+    return Number(float(digits.replace(",", "")) * scale, last_digit(digits) * abs(scale), m.start("sign"), m.end(), m[0].strip(), {"%": "%", "x": "x",
+        "倍": "x"}.get(suffix, ""), None, bool(m["sign"]), bool(m["about"]))
 
 # %% ../../nbs/lint/01_read.ipynb #cell-12
 _DASH = re.compile(r"\s?[-~至]\s?")
