@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from .facts import (_BARE, _EPOCH, _PLAN, METRIC, METRICS, SETTINGS, Fact, as_share, classify, epoch_of, is_plan, is_proposal, loss_split, metric_facts, metric_name,
                              minutes_in, pair_facts, sentence_facts, split_of)
-from .read import Document, load, numbers, parse
+from .read import Document, load, numbers, parse, shape_of
 
 # %% ../../nbs/lint/03_collect.ipynb #cell-4
 _CELL = re.compile(r"[\s*_~≈约⭐🏆✅⬆⬇↑↓†‡]+")
@@ -34,12 +34,28 @@ def table_facts(doc, table):
     who, data, epoch = table.column(_WHO.pattern), table.column(_DATA.pattern), table.column(r"^(?:epoch|轮次|轮数|step)s?$")
     heads = [METRIC.search(h) for h in table.header]
     percent = _percent(table, heads)
-    out = []
+    out, known = [], {}
     for no, cells in table.rows:
+        at = _whole(cells[epoch]) if epoch is not None and epoch < len(cells) else None
         for j, cell in enumerate(cells[:len(table.header)]):
-            f = _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch)
+            key = j, "" if epoch == 0 else cells[0], shape_of(cell), "".join(c for i, c in enumerate(cells) if i in (who, data))
+            if key in known: f = _cell_again(known[key], no, cell, at)
+            else:
+                f = _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch, at)
+                plain = f and f.text == cell and f.high is None and cell[-1:].isdigit() and cell[0].isdigit() and f.value == float(cell.replace(",", ""))
+                if f is None or plain: known[key] = f
             if f: out.append(f)
     return out
+
+def _whole(cell):
+    ns = numbers(cell)
+    return int(ns[0].value) if ns else None
+
+def _cell_again(f, no, cell, at):
+    "The Fact of a plain cell like one before in its column, with its own number, row and epoch."
+    if f is None: return None
+    group = (*f.group[:2], no) if len(f.group) == 3 else f.group
+    return Fact(f.name, float(cell.replace(",", "")), f.unit, no, f.kind, None, f.split, f.epoch if at is None else at, f.plan, f.proposal, group, f.variant, f.mark, f.about, f.literal, cell, f.context)
 
 def _percent(table, heads):
     "Whether the metrics of a table are printed in percent without a sign: some exceed 1."
@@ -49,7 +65,7 @@ def _percent(table, heads):
             if (n := cell_number(cell)) and n.suffix == "" and n.value > 1.: return True
     return False
 
-def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
+def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch, at):
     "The Fact of one cell, or None."
     n, head = cell_number(cell), table.header[j]
     if n is None and j and classify(cells[0]) == ("run", "minutes") and minutes_in(cell) and not _NOTE.search(head):
@@ -58,8 +74,7 @@ def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
     label = cells[0]
     name, group, kind = _meaning(table, no, label, head, j, heads)
     if name is None: return None
-    at = epoch_of(head, label if epoch is None else "") if epoch is None else int(numbers(cells[epoch])[0].value) if numbers(cells[epoch]) else None
-    if at is None and epoch is None: at = epoch_of(*line.headings[-1:], line.lead)
+    if epoch is None: at = epoch_of(head, label, *line.headings[-1:], line.lead)
     row = " ".join(c for i, c in enumerate(cells) if i in (who, data)) if kind in ("metric", "count") and {who, data} != {None} else ""
     variant = row or (head if kind != "metric" and len(table.header) > 2 and not re.fullmatch(r"值|value|取值|数值|setting", head, re.I | re.A) else head if kind == "metric"
         and METRIC.search(label) and not re.search(r"^@|值|value|dataloader", head, re.I | re.A) else "")
@@ -75,16 +90,18 @@ def _cell(line, table, no, cells, j, cell, heads, percent, who, data, epoch):
                 proposal=is_proposal(line), group=group, variant=variant, mark="<" if "<" in cell else ">" if ">" in cell else "", about=n.about,
                 text=n.text, context=" / ".join([*line.headings, line.lead, words]))
 
+_CUTOFF, _PART = re.compile(r"(?:top[- ]?|k\s?=\s?)?@?\s?(\d+)", re.I | re.A), r"(?:valid(?:ation)?|val|test|dev|验证集?|测试集?)?"
+_ONLY_METRIC = re.compile(rf"\W*{_PART}[\W_]*({_BARE})\s*(?:@\s*k)?[\W_]*{_PART}\W*", re.I | re.A)        # "HR", "Recall@K", "valid HR"
+
 def _meaning(table, no, label, head, j, heads):
     "(name, group, kind) of a cell by its header and its row's label; name None = no known meaning."
     if _NOTE.search(head) or _CHANGE.search(head): return None, (), ""
     if heads[j]: return metric_name(heads[j]), ("table", table.line, no), "metric"
     m = METRIC.search(label)
     if m: return metric_name(m), ("table", table.line, "column", j), "metric"
-    k, bare = re.fullmatch(r"(?:top[- ]?|k\s?=\s?)?@?\s?(\d+)", head.strip(), re.I | re.A), re.fullmatch(rf"\W*({_BARE})\W*", label, re.I | re.A)
-    if k and bare: return f"{METRICS[re.sub(r'[ _-]', '', bare[1].lower())]}@{int(k[1])}", ("table", table.line), "metric"
-    k, bare = re.fullmatch(r"(?:top[- ]?|k\s?=\s?)?@?\s?(\d+)", label.strip(), re.I | re.A), re.fullmatch(rf"\W*({_BARE})\W*", head, re.I | re.A)
-    if k and bare: return f"{METRICS[re.sub(r'[ _-]', '', bare[1].lower())]}@{int(k[1])}", ("table", table.line), "metric"
+    for cutoff, words in ((head, label), (label, head)):
+        k, bare = _CUTOFF.fullmatch(cutoff.strip()), _ONLY_METRIC.fullmatch(words)
+        if k and bare: return f"{METRICS[re.sub(r'[ _-]', '', bare[1].lower())]}@{int(k[1])}", ("table", table.line, split_of(words)), "metric"
     if _EPOCH.search(head) and re.search(r"loss|损失", table.header[0] + label, re.I | re.A): return "loss", ("table", table.line, label), "loss"
     known = classify(re.sub(r"\(.*?\)", "", head))
     if known and (known[0] in ("count", "loss", "run") or known[1] in SETTINGS): return known[1], ("table", table.line, no), known[0]
@@ -116,7 +133,7 @@ class Report:
         found = [f for n in names for f in self.of(n) if (plan is None or f.plan == plan) and (proposal is None or f.proposal == proposal)]
         return sorted(found, key=lambda f: f.line) if len(names) > 1 else found
     @property
-    def metrics(self): return self.kept("_metrics", lambda: [f for f in self.facts if f.kind == "metric" and not f.plan and not f.mark and f.high is None and not f.about])
+    def metrics(self): return self.kept("_metrics", lambda: [f for f in self.facts if f.kind == "metric" and f.k and not f.plan and not f.mark and f.high is None and not f.about])
     def count(self, name, proposal=None):
         "The Fact of a count or setting: the finest printed, first named; None if it is nowhere."
         found = [f for f in self.named(name, proposal=proposal) if f.high is None and not f.mark]

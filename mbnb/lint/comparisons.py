@@ -110,10 +110,11 @@ def _public_rule(report):
     for name in dict.fromkeys(f[0] for f in row["floors"]):
         floors = [f for f in row["floors"] if f[0] == name]
         ours = [f for f in report.metrics if re.sub("Recall|Hit", "HR", f.name) == name and not _POP.match(f.variant)] + _ends(report, name)
-        best = max(ours, key=lambda f: f.value, default=None)
-        if best is None: continue
-        card = _sampled_floor(report, public, name, best, floors) if floors[0][2] != "full" else _full_floor(report, public, name, best, floors)
-        if card: return [card]
+        for split in ("test", "", "valid"):
+            best = max((f for f in ours if f.split == split), key=lambda f: f.value, default=None)
+            if best is None: continue
+            card = _sampled_floor(report, public, name, best, floors) if floors[0][2] != "full" else _full_floor(report, public, name, best, floors)
+            if card: return [card]
     return []
 
 def _ends(report, name):

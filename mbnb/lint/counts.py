@@ -163,7 +163,7 @@ def many_parameters(report, limits=THRESHOLDS):
 def embedding_share(report, limits=THRESHOLDS):
     "C03: share of item vectors among the parameters."
     p, d, (items, _) = report.count("parameters", proposal=False), report.count("d_model", proposal=False), number_of(report, "items")
-    if not (p and d and items): return []
+    if not (p and p.value and d and items): return []
     size, total = report.count("size_mb"), p.value
     if size and abs(size.value * 1e6 / 4 - total) <= p.unit: total = size.value * 1e6 / 4          # four bytes a weight, and more digits
     share = d.value * items / total

@@ -126,13 +126,13 @@ def overfitting(report, limits=THRESHOLDS):
     best = course(report)["best"]
     after = [e for e in v if best is not None and e > best]
     val_loss = _validation_loss(report)
-    if len(after) > 4:
+    if len(after) >= limits["T06.epochs"]:
         b, error = slope([v[e].value for e in after])
         rising = len(val_loss) > limits["T06.epochs"] and all(y > x for x, y in zip(val_loss[-4:], val_loss[-3:]))
         falls = b < -limits["T06.se"] * error
         if rising and falls and not yes: return [finding("T06", "W", f"validation loss rises for {limits['T06.epochs']} epochs and {name} falls by {-b:.4f} +- "
             f"{error:.4f} an epoch over epochs {after[0]}-{after[-1]}: overfitting", "Stop earlier, or regularize.", b, -limits["T06.se"] * error, report.at(v[after[-1]].line))]
-        if yes and not falls: return [finding("T06", "I", f"a plateau: slope {b:+.4f} +- {error:.4f} per epoch of {name} over epochs {after[0]}-{after[-1]}; line "
+        if yes and not falls and len(after) > 4: return [finding("T06", "I", f"a plateau: slope {b:+.4f} +- {error:.4f} per epoch of {name} over epochs {after[0]}-{after[-1]}; line "
             f"{yes[0][0]} calls it overfitting, but a falling training loss alone does not show that", "Say plateau, or print a validation loss that rises while the "
             "metric falls.", b, -limits["T06.se"] * error, report.at(yes[0][0]))]
     elif yes and not val_loss and not any(not f.plan for f in report.of("loss")): return [finding("T06", "I",

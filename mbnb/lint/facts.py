@@ -102,7 +102,7 @@ COUNTS = {
     "avg_user": r"平均用户|每(?:个)?用户(?:平均)?|用户平均|人均|per[- ]user|actions of users|(?:avg|average|mean)\.? ?(?:seq\w*\.? ?|history )?len|平均(?:序列)?长度|^avg\.?_?(?:len|user)|users? avg",
     "avg_item": r"平均物品|每(?:个)?物品(?:平均)?|物品平均|per[- ]item|actions of items|^avg\.?_?item",
     "sparsity": r"稀疏[度性]|sparsity", "density": r"密度|density",
-    "cases": r"test(?:ing)? (?:cases|users|samples|instances|interactions|rows)|测试(?:用例|样本|用户|交互)|n_cases|evaluat\w+ (?:users|cases)",
+    "cases": r"test(?:ing)? (?:cases|users|samples|instances|interactions|rows)|测试(?:用例|样本|用户|交互)|^用例(?:总?数)?$|n_cases|evaluat\w+ (?:users|cases)",
     "users": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:unique |distinct )?users?(?: count)?$|^(?:总|不同)?用户(?:总?数量?|总数)?$|^users? num(?:ber)?$",
     "items": r"^(?:n|num|no|total|number|the number)?[ ._]*(?:of )?(?:unique |distinct )?(?:items?|products?|movies)(?: count)?$|"
              r"^(?:总|不同)?(?:物品|商品|项目)(?:总?数量?|总数)?$|catalog(?:ue)?(?: size)?$",
@@ -111,7 +111,7 @@ COUNTS = {
     "sequences": r"^(?:n|num|number)?[ _]*(?:of )?sequences$|^序列(?:总?数量?|总数)$",
 }
 SETTINGS = {
-    "patience": r"^(?:early[ _-]?stop\w*[ _-]?)?(?:patience|stopping[ _]?steps?)(?: ?epochs)?$|^早停(?:耐心值?|轮数|步数)$|^耐心值?$",
+    "patience": r"^(?:early[ _-]?stop\w*[ _-]?)?(?:patience|stopping[ _]?steps?)(?: ?epochs)?$|^早停 ?(?:耐心值?|轮数|步数|patience)$|^耐心值?$",
     "eval_negatives": r"^(?:val|valid|validation|test|eval|evaluation)[ _]?neg\w*(?:[ _]sampl\w*)?(?:[ _](?:size|num|count|s))?$|^(?:验证|测试|评估)负(?:样本|采样)(?:数量?|个数)$",
     "negatives": r"^(?:n|num|number of|train)?[ _]*neg(?:ative)?s?(?:[ _]?sampl\w*)?(?:[ _]?(?:num|size|count|s))?$|^负(?:样本|采样)(?:数量?|个数)$",
     "batch_size": r"^(?:train[ _]?)?batch[ _]?size$|^(?:训练)?批次?大小$", "epochs": r"^(?:max[ _]?|n[ _]?|num[ _]?|total )?epochs$|^最大训练轮数$",
@@ -119,7 +119,8 @@ SETTINGS = {
     "parameters": r"^(?:total|trainable|model|all|number of|num|n|#)?[ _]*(?:trainable )?param(?:eter)?s?(?: count)?$|^(?:总|模型|可训练)?参数(?:总)?[量数]?$|^total params$",
     "size_mb": r"^(?:model|estimated model|total estimated model params) ?size(?: ?\(mb\))?$|^模型大小$|params size \(mb\)",
     "min_count": r"^min[ _]?(?:uc|len\w*|inter\w*|user\w*|seq\w*|count|events)(?:[ _]\w+)?$|^最小(?:用户)?交互(?:次数|数)$|"
-                 r"^minimum (?:number of )?(?:interactions|events|length|sequence length)(?: per user)?$",
+                 r"^minimum (?:number of )?(?:interactions|events|length|sequence length)(?: per user)?$|"
+                 r"^(?:shortest|minimum|min) (?:sequence|history|user)(?: length)?$|^最短(?:序列|历史)(?:长度)?$",
     "learning_rate": r"^(?:learning[ _]?rate|lr)$|^学习率$", "dropout": r"^(?:\w+[ _])?dropout(?:[ _](?:rate|prob|ratio))?$",
     "max_len": r"^max\w*[ _]?(?:item_list_|seq\w*[ _]|list[ _])?len\w*$|^最大序列长度$",
 }
@@ -220,7 +221,7 @@ _USED = re.compile(r".*\b(?:used?|using|with|uses|sets?|has|had|was trained with
 def pair_facts(line):
     "Facts of `label: number` pairs that are no metrics."
     out = []
-    if not any(c in line.text for c in ":=≈<>") and "loss" not in line.text: return out
+    if not any(c in line.text for c in ":=≈<>") and "loss" not in line.text: return _listed(line, set())
     ns = None
     for m in _IS.finditer(line.text):
         before = line.text[max(0, m.start() - 60):m.start()]
@@ -232,10 +233,27 @@ def pair_facts(line):
         if kind is None: continue
         if ns is None: ns = numbers(line.text)
         n = next((n for n in ns if n.start == m.end()), None)
-        if n is not None: out.append(_pair(line, m, label, line.text[:m.start() - len(before) + found.start()], kind, n))
+        if n is None or kind[0] == "count" and kind[1] in _WHOLE and (n.value % 1 or _PER.match(line.text, n.end)): continue
+        out.append(_pair(line, m, label, line.text[:m.start() - len(before) + found.start()], kind, n))
+    out += _listed(line, {f.text for f in out})
     now = _NOW.search(line.text) if out and line.code else None
     if now and (n := next(iter(numbers(now[1])), None)): out.append(replace(out[0], value=n.value, unit=n.unit, high=n.high, text=n.text, proposal=False,
         about="可能" in now[0] or "maybe" in now[0]))
+    return out
+
+_WHOLE, _PER = ("users", "items", "rows", "cases", "sequences"), re.compile(r"\s*(?:per\b|/|每|次/)", re.A)
+_ITEM = re.compile(r"(?:^[\s*#>-]*|[,，;；、。(（]\s*)(?P<label>[A-Za-z_\u4e00-\u9fff][\w \u4e00-\u9fff-]{0,30}?)(?P<op>\s)(?P<rest>\s*)(?=[\d.])", re.A)
+
+def _listed(line, known):
+    "Facts of a list without signs: `users 938, items 1,682`, `用户数 12,000，物品数 5,000`; `known`: numbers that have a meaning already."
+    out, ns = [], None
+    for m in _ITEM.finditer(line.text):
+        kind = classify(m["label"])
+        if kind is None or kind[0] not in ("count", "run") and kind[1] not in ("patience", "negatives", "eval_negatives", "learning_rate", "batch_size", "min_count"): continue
+        ns = numbers(line.text) if ns is None else ns
+        n = next((n for n in ns if n.start == m.end()), None)
+        if n is None or n.high is not None or n.text in known or kind[1] in _WHOLE and (n.value % 1 or _PER.match(line.text, n.end)): continue
+        out.append(_pair(line, m, m["label"], line.text[:m.start("label")], kind, n))
     return out
 
 _NOW = re.compile(r"#.*?(?:当前|目前|currently|now|current)\s*[^\d#]{0,6}?([\d.]+(?:e-?\d+)?)", re.I | re.A)
@@ -270,8 +288,8 @@ _RUNS = [("best_epoch", re.compile(r"第\s*(\d+)\s*(?:个epoch|轮)(?:达到|为
          ("last_epoch", re.compile(r"(?:epoch\s*|第\s*)(\d+)\s*(?:轮|个epoch)?\s*(?:触发|停止|终止|结束)", re.I | re.A)),
          ("epochs_run", re.compile(r"(?:完成|trained (?:for )?|completed |ran (?:for )?|stopped after )\s*(\d+)\s*(?:个|轮)?\s*(?:epochs?|轮)", re.I | re.A))]
 
-_NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|uniformly sampled|popular|popularity-sampled)\s+)*(?:negatives?\b(?! (?:log|sample rate))|负样本"
-    r"|负例)", re.I | re.A)
+_NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|uniformly sampled|popular|popularity-sampled)\s+)*(?:negatives?\b(?! (?:log|sample rate))|"
+    r"(?:随机|均匀|采样的?|热门)*(?:负样本|负例))", re.I | re.A)
 _MANY = {"k": 1e3, "m": 1e6, "b": 1e9, "million": 1e6, "billion": 1e9}
 _PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s?(k|m|b|\s?million|\s?billion)\s*(?:trainable |total |model )?(?:parameters|params|参数)", re.I | re.A)
 _EVALUATED = re.compile(r"evaluat|\brank(?:ed|ing|s)?\b|\btest|valid|candidate|评估|评测|验证|测试|候选", re.I | re.A)
@@ -284,7 +302,7 @@ def sentence_facts(line):
     for name, pattern in _SENTENCE:
         for m in pattern.finditer(t):
             digits = next(g for g in m.groups() if g)
-            if re.search(r"[-~约≈>≤<≥前]\s?$|top[- ]?$|Top$|[.@]$|(?:at least|min\w*|least) $", t[:m.start()]): continue
+            if re.search(r"[-~约≈>≤<≥前]\s?$|top[- ]?$|Top$|[.@]$|(?:at least|at most|up to|longest|max\w*|min\w*|least)\W*$|最[多少长短](?:有|为|是)?\s*$|至[多少]\s*$", t[:m.start()]): continue
             unit = 10. ** -len(digits.partition(".")[2])
             out.append(Fact(name, float(digits.replace(",", "")), unit, line.no, "count", plan=is_plan(t[:m.start()], line), proposal=is_proposal(line), group=("line",
                 line.no), text=digits, context=" / ".join([*line.headings, line.lead, t])))

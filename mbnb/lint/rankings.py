@@ -97,10 +97,12 @@ def _resting(report, row, broken):
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))} falls with it" if lines else ""
 
 # %% ../../nbs/lint/06_rankings.ipynb #cell-11
+_PAPER = re.compile(r"paper|published|reported|original|论文|原文|文献|\bet al\b|\[\d+\]", re.I | re.A)     # rows that somebody else measured
+
 def case_lattice(report, limits=THRESHOLDS):
     "R02: the number of cases that the printed hit rates allow, held against the number that is claimed."
     if re.search(r"\d\s*(?:±|\+/-)\s*\.?\d|averag\w* (?:over|of|across) \d+|\d+ (?:random )?seeds|次(?:实验|运行)平均|个(?:随机)?种子", report.doc.prose, re.I | re.A): return []
-    hits = [f for f in report.metrics if f.metric in ("HR", "Recall") and 0 < f.value < 1 and not several_targets(report, [f])]
+    hits = [f for f in report.metrics if f.metric in ("HR", "Recall") and 0 < f.value < 1 and not several_targets(report, [f]) and not _PAPER.search(f.variant)]
     if len({f.variant for f in hits if f.kind == "metric"} & {f.variant for f in hits if re.search(r"\s", f.variant)}) > 1: return []
     units = {}
     for f in hits: units.setdefault(round(f.unit, 12), []).append(f)
@@ -187,13 +189,15 @@ def _no_test(report, tests, valids):
     said = next((l.no for l in report.doc.unique if re.search(r"仅有验证集|补充测试集|no test (?:set )?(?:result|value|metric)|only (?:on )?validation|test (?:set )?(?:not"
         r"|never) evaluated", l.text, re.I | re.A)), None)
     chosen = [f for t in valids.values() for f in t.values() if f.epoch is not None]
-    if own or not report.doc.is_report or not chosen: return []
+    seen = {round(f.value, 9) for f in chosen}
+    unlabeled = not said and any(not f.split and f.epoch is None and round(f.value, 9) not in seen for f in report.metrics)        # these may be test values
+    if own or unlabeled or not report.doc.is_report or not chosen: return []
     n = len({(f.name, f.epoch) for f in chosen})
     return [finding("R03", "W", f"{n} validation values and no test value{f' (line {said} says so)' if said else ''}: what is shown is the selection",
         "Evaluate the chosen epoch once on the test split and print that.", 0, 1, report.at(chosen[0].line))]
 
 # %% ../../nbs/lint/06_rankings.ipynb #cell-17
-_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|ranked on average|on average (?:at|on|in) (?:rank"
+_MEAN_RANK = re.compile(r"(?:平均排名|平均排(?:在)?第?|平均名次|平均位置|(?:average|mean|avg\.?) (?:rank|position)(?:ing)?|(?:at|on|in|is) (?:rank|position) (?=\d+(?:\.\d+)? on average)|ranked on average|on average (?:at|on|in) (?:rank"
     r"|position))\s*(?:[≈=:~]|of|is|was|为|在|第|约|大约|about|around|approximately)*\s*", re.I | re.A)
 
 def mean_rank(report, limits=THRESHOLDS):
