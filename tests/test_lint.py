@@ -7,24 +7,24 @@ import time
 import pytest
 
 from mbnb.events import MbnbError
-from mbnb.lint import line_of, lint_files, lint_report
+from mbnb.lint import lint_files, lint_report
 from mbnb.lint.collect import read_report
 
 
 def cards(found, id, line=None, severity=None):
     "The cards of one check, at one line, of one severity."
-    return [c for c in found if c.id == id and (line is None or line_of(c) == line) and (severity is None or c.severity == severity)]
+    return [c for c in found if c.id == id and (line is None or c.line == line) and (severity is None or c.severity == severity)]
 
 
 def one(found, id, line, severity, *numbers):
     "There is such a card, and its message holds every number."
     these = cards(found, id, line, severity)
-    assert these, f"no {severity} {id} at line {line}: {[(c.severity, c.id, line_of(c)) for c in found]}"
+    assert these, f"no {severity} {id} at line {line}: {[(c.severity, c.id, c.line) for c in found]}"
     for n in numbers: assert any(n in c.message for c in these), f"{n!r} is not in {[c.message for c in these]}"
     return these[0]
 
 
-def serious(found): return [(c.severity, c.id, line_of(c), c.message) for c in found if c.severity in "EW"]
+def serious(found): return [(c.severity, c.id, c.line, c.message) for c in found if c.severity in "EW"]
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,7 @@ def test_mgpt_percentages(mgpt):
     one(mgpt, "R06", 67, "W", "+403 %, not +303%")
     one(mgpt, "R06", 307, "W", "19 -> 10 is -47 %, not 60%", "epoch 10 (`>=`, saves 42%, 50 min)", "epoch 11 (`>`, saves 37%, 44 min)",
         "patience 2 with `>=` stops after epoch 6", "misses the best")
-    assert sorted(map(line_of, cards(mgpt, "R06"))) == [67, 307]                # nine other arrows, 19 deltas, 43 min, 119 min
+    assert sorted(c.line for c in cards(mgpt, "R06")) == [67, 307]                # nine other arrows, 19 deltas, 43 min, 119 min
 
 
 def test_mgpt_contradictions(mgpt):
@@ -199,7 +199,7 @@ def test_bpr_not(bpr):
 
 def test_every_card_of_the_reports_has_a_line_a_number_and_a_fix(reports):
     for found in reports.values():
-        for c in found: assert re.search(r"\d", c.message) and c.fix and line_of(c) > 0 and not c.message.endswith(".")
+        for c in found: assert re.search(r"\d", c.message) and c.fix and c.line > 0 and not c.message.endswith(".")
 
 
 # ---- one fault each, and its sound twin ----

@@ -68,6 +68,8 @@ _AFTER = re.compile(r"[^\d;→]{0,10}(?:\(|,|:|即|约|提升|下降|增长|an? 
 _KEY = re.compile(r"(?:\b[Kk]|top|epochs?|@)\s*[=-]?\s*$|[A-Za-z_]\w*\s*=\s*$", re.I | re.A)
 _EFFECT = re.compile(METRIC.pattern + r"|ndcg|recall|\bhr\b|\bmrr\b|accuracy|performance|性能|效果", re.I | re.A)
 
+_RATE = re.compile(r"\s*[A-Za-z]{1,5}/[A-Za-z]{1,5}", re.A)
+
 def pairs_on(text):
     "[Pair] of a cleaned line; pairs without a claim have claim None."
     ns, out = numbers(text), []
@@ -75,6 +77,7 @@ def pairs_on(text):
         m = _GAP.fullmatch(text, a.end, b.start)
         if not m or a.high is not None or b.high is not None or _KEY.search(text[:a.start]) or (m["how"].lower() in ("to", "到",
             "至") and not re.search(r"from[^,;]{0,24}$|[从由][^,;]{0,24}$", text[:a.start], re.I | re.A)): continue
+        if (x := _RATE.match(text, a.end)) and (y := _RATE.match(text, b.end)) and x[0] != y[0]: continue      # 3.3it/s -> 8.7s/it
         out.append(Pair(a, b, *_claim(text, ns, i)))
     return out
 

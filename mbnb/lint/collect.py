@@ -55,7 +55,8 @@ def _cell_again(f, no, cell, at):
     "The Fact of a plain cell like one before in its column, with its own number, row and epoch."
     if f is None: return None
     group = (*f.group[:2], no) if len(f.group) == 3 else f.group
-    return Fact(f.name, float(cell.replace(",", "")), f.unit, no, f.kind, None, f.split, f.epoch if at is None else at, f.plan, f.proposal, group, f.variant, f.mark, f.about, f.literal, cell, f.context)
+    return Fact(f.name, float(cell.replace(",", "")), f.unit, no, f.kind, None, f.split, f.epoch if at is None else at, f.plan, f.proposal, group, f.variant,
+                f.mark, f.about, f.literal, cell, f.context)
 
 def _percent(table, heads):
     "Whether the metrics of a table are printed in percent without a sign: some exceed 1."

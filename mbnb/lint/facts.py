@@ -252,7 +252,8 @@ def _listed(line, known):
         if kind is None or kind[0] not in ("count", "run") and kind[1] not in ("patience", "negatives", "eval_negatives", "learning_rate", "batch_size", "min_count"): continue
         ns = numbers(line.text) if ns is None else ns
         n = next((n for n in ns if n.start == m.end()), None)
-        if n is None or n.high is not None or n.text in known or kind[1] in _WHOLE and (n.value % 1 or _PER.match(line.text, n.end)): continue
+        if n is None or n.high is not None or n.text in known or kind[1].startswith("avg") and not n.value % 1 and not re.search("平均|人均|avg|average|mean", m["label"], re.I): continue
+        if kind[1] in _WHOLE and (n.value % 1 or _PER.match(line.text, n.end)): continue
         out.append(_pair(line, m, m["label"], line.text[:m.start("label")], kind, n))
     return out
 

@@ -104,8 +104,16 @@ def step_time(report, limits=THRESHOLDS):
         and (m := re.match(r"\W*(?:epochs?|第)\s*(\d+)", l.text, re.I | re.A)) and not re.search(r"\d+%\s*\|", l.text)]
     for (e, a, _), (f, b, no) in zip(told, told[1:]):
         if f > e and b > limits["T03.warn"] * a: return [_slow(report, no, a, b, limits)]
+    went = next(((l.no, float(m[1]), float(m[2].replace(",", ""))) for l in report.doc.unique if (m := _WENT.search(l.text)) and not _planned(l)), None)
+    if went and went[2] > limits["T03.warn"] * went[1]: return [_slow(report, *went, limits)]
+    bars = [(step_times(l.text)[0], l.no) for l in report.doc.having(_STEP) if (m := re.search(r"(\d+)%\s*\|", l.text)) and int(m[1]) >= 5 and len(step_times(l.text)) == 1]
+    for i in range(3, len(bars)):               # each is the mean over a good part of an epoch
+        base = sorted(t for t, _ in bars[:i])[i // 2]
+        if bars[i][0] > limits["T03.warn"] * base: return [_slow(report, bars[i][1], base, bars[i][0], limits)]
     logged = [(t, l.no) for l in report.doc.having(re.compile(f"{_TIMED.pattern}|{_STEP.pattern}", re.I | re.A)) for t in _logged(l.text)]
     return _sudden(report, logged, limits) if len(logged) > 9 else []
+
+_WENT = re.compile(r"step time\D{0,30}?(\d+(?:\.\d+)?)\s*s(?:ec\w*)?\s*(?:to|→|->)\s*(\d+(?:,\d{3})*(?:\.\d+)?)\s*s", re.I | re.A)
 
 def _logged(text):
     "[seconds] that a log line gives for an epoch or a step."
