@@ -30,7 +30,7 @@ def one_side(throughout, parity, steps, threads, data, model):
     sequences = load(data, **config.data)
     state = FitState(seed_everything(0))
     net = build_model(config, sequences)[0]
-    losses = build_losses(config)
+    losses = build_losses(config, sequences)
     spread = lambda cases, n: np.unique(np.linspace(0, len(cases) - 1, n).astype(int))
     batch = collate(sequences, sequences.train, spread(sequences.train, config.fit.batch_size), net.config.max_len)
     asked = collate(sequences, sequences.valid, spread(sequences.valid, 200), net.config.max_len)

@@ -47,10 +47,10 @@ def build_model(config, sequences):
     if hasattr(model, "prepare"): model.prepare(sequences, None)
     return model, asdict(model.config)
 
-def build_losses(config):
-    "{stage loss name or None: loss}, None standing for the loss of the run."
-    main = loss_class(config.loss)(**config.loss_config)
-    return {None: main} | {s.loss: loss_class(s.loss)() for s in config.stages if s.loss}
+def build_losses(config, sequences):
+    "{stage loss name or None: loss}, None standing for the loss of the run; a loss that wants to see the data (popularity, say) has seen it."
+    made = {None: loss_class(config.loss)(**config.loss_config)} | {s.loss: loss_class(s.loss)() for s in config.stages if s.loss}
+    return {name: loss.prepare(sequences) if hasattr(loss, "prepare") else loss for name, loss in made.items()}
 
 def build_plans(config, sequences, split, every=True, cases=None):
     "The Plans of the run's protocols for a split's cases (or for `cases`, some of them); the first one is named \"\", it is the run's main protocol."
@@ -71,7 +71,7 @@ LOOKED_AT = 256     # cases that the validation loss and the recommended lists a
 
 def valid_loss(model, sequences, cases):
     "{'valid_loss': cross-entropy of the model's scores over the catalogue, mean over some of the cases}, whatever loss it is trained with; {} where that is no number."
-    batch = collate(sequences, cases, shown_cases(cases, LOOKED_AT), model.config.max_len).to(next(model.parameters()).device)
+    batch = collate(sequences, cases, shown_cases(cases, max(32, min(LOOKED_AT, len(cases) // 8))), model.config.max_len).to(next(model.parameters()).device)
     z = model.score(batch).float()
     loss = float((z.logsumexp(1) - z.gather(1, batch.target[:, None])[:, 0]).mean())
     return {"valid_loss": loss} if np.isfinite(loss) else {}
@@ -327,7 +327,7 @@ def ask_twice(config, parts):
 
 def preflight(config, parts, rules=None):
     "Cards of all that is checked before the first step; `rules`: the baseline table of the test cases."
-    s, loss = parts.sequences, build_losses(config)[config.stages[0].loss]
+    s, loss = parts.sequences, build_losses(config, parts.sequences)[config.stages[0].loss]
     def make(**changes):
         torch.manual_seed(config.fit.seed)
         return build_model(replace(config, model=config.model | changes), s)[0]
@@ -473,7 +473,7 @@ def make_watch(config, run, parts, rules):
     max_len = getattr(parts.model, "train_len", parts.model.config.max_len)
     spread = lambda n, total: np.unique(np.linspace(0, total - 1, min(n, total)).astype(int))
     trained = np.setdiff1d(np.arange(1, len(s.items)), unseen_items(s))
-    watch = training.Watch(config.limits, stages=config.stages, losses=build_losses(config), batch=collate(s, s.train, spread(config.fit.batch_size, len(s.train)), max_len),
+    watch = training.Watch(config.limits, stages=config.stages, losses=build_losses(config, s), batch=collate(s, s.train, spread(config.fit.batch_size, len(s.train)), max_len),
                            cases=collate(s, cases, spread(LOOKED_AT, len(cases)), parts.model.config.max_len), trained=trained, rules=training.rules_of(rules, name), config=config.fit, metric=name)
     watch.replay(read_records(run.path / "metrics.jsonl")[0])
     return watch
@@ -507,7 +507,7 @@ def _loop(config, run, parts, clock, say, control, findings, watch):
     evaluate = make_evaluate(config, parts.sequences, parts.plan, config.eval.select_on)
     state, times, reason = parts.state, [], "finished"
     run.status("running", "training")
-    loop = fit(parts.model, build_losses(config), parts.sequences, config.stages, config.fit, evaluate, state)
+    loop = fit(parts.model, build_losses(config, parts.sequences), parts.sequences, config.stages, config.fit, evaluate, state)
     for record in loop:
         run.append(record)
         if watch: _watched(watch, record, parts.model, run, findings)

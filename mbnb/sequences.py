@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal', 'leak_panel',
            'split_digest', 'from_events', 'in_valid_family', 'from_lists', 'Batch', 'collate', 'batch_rows', 'batches',
-           'next_items', 'Prediction', 'top_items']
+           'next_items', 'Prediction', 'own_items', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
@@ -441,7 +441,12 @@ class Prediction:
     exclude: torch.Tensor | None = None          # (N,X) rows that may not be negatives, 0 = none
     copy: torch.Tensor | None = None             # (N,2) of a repeat head: log P(repeat, right item), log P(explore)
 
-# %% ../nbs/03_sequences.ipynb #cell-50
+# %% ../nbs/03_sequences.ipynb #cell-51
+def own_items(batch, row):
+    "int64 (N,L+1): history and target of the rows `row` (N,) of a Batch, 0 = none; for `Prediction.exclude`."
+    return torch.cat([batch.item_seq, batch.target[:, None]], 1)[row]
+
+# %% ../nbs/03_sequences.ipynb #cell-53
 def top_items(scores, k, exclude=None):
     """The `k` best of scores (B,V) -> (ids (B,k) int64, scores (B,k) float32), best first; equal scores by smaller id. Ids of `exclude` (B,X) and
     the pad are never among them; where fewer than k remain, id 0 with -inf fills up."""

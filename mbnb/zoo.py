@@ -20,9 +20,16 @@ MODELS = {
     "mgpt": "mbnb.models.mgpt:MGPT",
     "gear": "mbnb.models.gear:GEAR",
     "mbht": "mbnb.models.mbht:MBHT",
+    "bert4rec": "mbnb.models.bert4rec:BERT4Rec",
+    "gru4rec": "mbnb.models.gru4rec:GRU4Rec",
 }
 LOSSES = {
     "ce": "mbnb.losses.ce:CE",
+    "bce": "mbnb.losses.bce:BCE",
+    "bpr": "mbnb.losses.bpr:BPR",
+    "gbce": "mbnb.losses.gbce:GBCE",
+    "infonce": "mbnb.losses.infonce:InfoNCE",
+    "sampled_softmax": "mbnb.losses.sampled_softmax:SampledSoftmax",
 }
 
 # %% ../nbs/20_zoo.ipynb #cell-6

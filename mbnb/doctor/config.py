@@ -184,14 +184,17 @@ def _short(value): return ", ".join(f"{k} {v:.2g}" for k, v in value.items()) if
 # %% ../../nbs/doctor/02_config.ipynb #cell-26
 def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, lr=1e-2, seconds=10.):
     """C11 and C13: trains `model` on one Batch until the loss is under a tenth of its start; -> (Card, names of parameters without a gradient in all steps).
-    Gives up undecided after `seconds`."""
+    Undecided after `seconds`, or where the loss still falls after `C11.steps`: stuck is another thing than slow."""
     rng, weights, optimizer = torch.Generator().manual_seed(0), weights or {}, torch.optim.Adam(model.parameters(), lr)
-    asleep, first, value, step, steps, until = {n for n, p in model.named_parameters() if p.requires_grad}, None, math.inf, 0, int(limits["C11.steps"]), time.perf_counter() + seconds
+    values, asleep, first, value, step, steps, until = [], {n for n, p in model.named_parameters() if p.requires_grad}, None, math.inf, 0, int(limits["C11.steps"]), time.perf_counter() + seconds
     model.train()
     while step < steps and time.perf_counter() < until:
-        p = model(batch)
+        with torch.random.fork_rng([]):                 # a model that hides events at random hides the same ones in each step
+            torch.manual_seed(0)
+            p = model(batch)
         main = loss(p, rng)
         value, step = float(main.detach()), step + 1
+        values.append(value)
         if first is None: first = value
         if not math.isfinite(value) or value < limits["C11.share"] * first and step > min(steps, limits["C13.steps"]): break
         optimizer.zero_grad()
@@ -200,7 +203,8 @@ def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, lr=1e-2, second
         optimizer.step()
     share, said = value / first, f"{len(batch)} cases, {step} steps: loss {value:.3f} of {first:.3f}, {100 * value / first:.0f} %"
     if share < limits["C11.share"]: return fine("C11", said, share, limits["C11.share"]), asleep
-    if step < steps and math.isfinite(value): return skipped("C11", f"undecided within {seconds:g} s ({said})"), asleep
+    falling = np.mean(values[-50:]) < .95 * np.mean(values[-100:-50]) if len(values) > 100 else False
+    if math.isfinite(value) and (step < steps or falling): return skipped("C11", f"undecided: {said}, still falling" if falling else f"undecided within {seconds:g} s ({said})"), asleep
     return finding("C11", "E", f"the loss cannot be overfitted: {said}", "Follow the gradient from the loss to the weights: a detached tensor, a frozen part, a wrong target.", share, limits["C11.share"]), asleep
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-30

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, top_items
+from ..sequences import Prediction, own_items, top_items
 
 # %% ../../nbs/models/03_gear.ipynb #cell-6
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def forward(self: GEAR, batch):
     asked, aux = s.label != 0, {"behavior": self.behavior_loss(x[:, 1::2], s)}
     states, targets = x[:, 0::2][asked], s.label[asked]
     copy = self.repeat(states, *asked.nonzero(as_tuple=True), self.memory(x, s), s.behavior[asked], targets=targets) if self.repeat else None
-    return Prediction(states, targets, self.items.weight, aux=aux, copy=copy)
+    return Prediction(states, targets, self.items.weight, aux=aux, exclude=own_items(batch, asked.nonzero(as_tuple=True)[0]), copy=copy)
 
 # %% ../../nbs/models/03_gear.ipynb #cell-54
 @patch

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers import Dropout, TimeMix, cloze, right_padded, to_front
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, top_items
+from ..sequences import Prediction, own_items, top_items
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-5
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def forward(self: MBHT, batch):
     h, y = self.states(slots, at), slots.label[at]
     if self.config.head == "repeat":
         copy = self.repeat(h, *at.nonzero(as_tuple=True), self.memory(batch, slots), slots.done[at] * self.given, targets=y)
-    return Prediction(h, y, self.items.weight[:-1], copy=copy)
+    return Prediction(h, y, self.items.weight[:-1], exclude=own_items(batch, at.nonzero(as_tuple=True)[0]), copy=copy)
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-64
 @patch

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock, causal_mask
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, next_items, top_items
+from ..sequences import Prediction, next_items, own_items, top_items
 
 # %% ../../nbs/models/01_sasrec.ipynb #cell-5
 @dataclass(frozen=True)
@@ -101,11 +101,9 @@ def forward(self: SASRec, batch):
     h, y = self.states(batch.item_seq), next_items(batch)[:, -self.config.max_len:]
     keep = y != 0
     if self.config.positions == "last": keep[:, :-1] = False
-    h, y, copy = h[keep], y[keep], None
-    if self.config.head == "repeat":
-        row, column = keep.nonzero(as_tuple=True)
-        copy = self.repeat(h, row, column + 1, self.memory(batch), targets=y)
-    return Prediction(h, y, self.items.weight, copy=copy)
+    (row, column), h, y = keep.nonzero(as_tuple=True), h[keep], y[keep]
+    copy = self.repeat(h, row, column + 1, self.memory(batch), targets=y) if self.config.head == "repeat" else None
+    return Prediction(h, y, self.items.weight, exclude=own_items(batch, row), copy=copy)
 
 # %% ../../nbs/models/01_sasrec.ipynb #cell-17
 @patch
