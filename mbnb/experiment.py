@@ -312,7 +312,7 @@ ASKED = 500         # cases that the untrained model is asked about, twice
 
 def some_cases(cases, n):
     "At most `n` of the cases, evenly spread."
-    return cases.take(np.unique(np.linspace(0, len(cases) - 1, min(n, len(cases))).astype(int)))
+    return cases.take(shown_cases(cases, n))
 
 def ask_twice(config, parts):
     "C07b and C10: the model as it is, asked twice about some cases of the split that chooses the epoch."
@@ -471,10 +471,9 @@ def make_watch(config, run, parts, rules):
     "The training checks of this run, told what a resumed run has seen so far; `rules`: the baseline table of the cases that choose the epoch."
     s, name, cases = parts.sequences, metrics.metric_name("NDCG", 10, parts.plan.name), parts.sequences.cases(config.eval.select_on)
     max_len = getattr(parts.model, "train_len", parts.model.config.max_len)
-    spread = lambda n, total: np.unique(np.linspace(0, total - 1, min(n, total)).astype(int))
     trained = np.setdiff1d(np.arange(1, len(s.items)), unseen_items(s))
-    watch = training.Watch(config.limits, stages=config.stages, losses=build_losses(config, s), batch=collate(s, s.train, spread(config.fit.batch_size, len(s.train)), max_len),
-                           cases=collate(s, cases, spread(LOOKED_AT, len(cases)), parts.model.config.max_len), trained=trained, rules=training.rules_of(rules, name), config=config.fit, metric=name)
+    watch = training.Watch(config.limits, stages=config.stages, losses=build_losses(config, s), batch=collate(s, s.train, shown_cases(s.train, config.fit.batch_size), max_len),
+                           cases=collate(s, cases, shown_cases(cases, LOOKED_AT), parts.model.config.max_len), trained=trained, rules=training.rules_of(rules, name), config=config.fit, metric=name)
     watch.replay(read_records(run.path / "metrics.jsonl")[0])
     return watch
 
