@@ -237,13 +237,14 @@ def embedding_weights(model):
     return sum(rows), sum(m.weight.numel() for m in tables)
 
 def check_plan(model, sequences, loss, stages, config, plans, select_on, given=None, limits=THRESHOLDS, ks=(1, 5, 10, 20, 50)):
-    "C01-C03, C06-C08, C18: what needs no step. `plans`: of the run's protocols, the first one leads."
+    "C01-C03, C06-C08, C15, C16, C18: what needs no step. `plans`: of the run's protocols, the first one leads."
     total, (items, vectors) = sum(p.numel() for p in model.parameters()), embedding_weights(model)
     rows = int(sequences.train.length.sum()) + len(sequences.train)
     own, stage, least = float(np.diff(sequences.offsets).mean()), stages[-1], int(plans[0].m.min()) if len(plans[0].m) else 0
     same = len(sequences.valid) == len(sequences.test) and np.array_equal(sequences.valid.target, sequences.test.target) and np.array_equal(sequences.valid.stop, sequences.test.stop)
     kept = [k for k in ks if k < least]         # the tables leave out the others
-    return [negatives(getattr(loss, "n_neg", 0), sequences.n_items, own, getattr(loss, "exclude", False), limits), parameters(total, len(sequences.users), rows, vectors, limits), embedding_share(total, items, limits),
+    alone = [skipped(id, "one process, no gradient to exchange") for id in ("C15", "C16")] if config.devices == 1 else []
+    return [*alone, negatives(getattr(loss, "n_neg", 0), sequences.n_items, own, getattr(loss, "exclude", False), limits), parameters(total, len(sequences.users), rows, vectors, limits), embedding_share(total, items, limits),
             patience_meaning(stage.patience), cutoffs(kept, least, plans[0].protocol, limits) if kept else skipped("C07", "no cutoff below the number of candidates"),
             monitor(select_on, select_on == "test", same), phase_conflict({k: v for k, v in (given or {}).items() if k in ("lr", "patience", "epochs")}, {s.name: {"lr": s.lr, "patience": s.patience, "epochs": s.epochs} for s in stages} if len(stages) > 1 else {})]
 
