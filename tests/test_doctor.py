@@ -11,6 +11,7 @@ from mbnb.cli import main
 from mbnb.compare import read_entry
 from mbnb.datasets import load
 from mbnb.doctor import CHECKS, DoctorError
+from mbnb.doctor.training import Watch
 from mbnb.events import DataError
 from mbnb.experiment import configure, doctor, run_experiment
 from mbnb.fit import FitError
@@ -126,7 +127,8 @@ def test_f26_a_learning_rate_of_a_million_is_t01(tmp_path):
     assert "T01" in cards(load_run(next(tmp_path.glob("*"))), "E")
 
 
-def test_f26_a_learning_rate_of_nothing_is_t09(tmp_path):
+def test_f26_a_learning_rate_of_nothing_is_t09(tmp_path, monkeypatch):
+    monkeypatch.setattr(Watch, "_room", lambda self, kind: True)        # looks at the weights whatever they cost: a busy machine grants few
     made = run(tmp_path, more="fit.lr=0.0", epochs=12, batch_size=8, patience=50)
     assert "T09" in cards(made, "W")
 
