@@ -252,7 +252,7 @@ class RunStopped(MbnbError):
 @dataclass
 class Parts:
     "What a run works with once its data is ready."
-    sequences: object; plan: ranks.Plan; plans: list; model: torch.nn.Module; state: FitState; meta: dict
+    sequences: object; plan: ranks.Plan; plans: list; model: torch.nn.Module; losses: dict; state: FitState; meta: dict
 
 def start_from(model, model_config, path):
     "Give `model` the best weights of the run in the folder `path`; RunError where its model is another one."
@@ -273,7 +273,7 @@ def prepare(config, bad_rows_to):
     model, model_config = build_model(config, sequences)
     if config.parameters["fork"]: start_from(model, model_config, run_folder_of(config.parameters, "fork"))
     meta = {"config": config.to_dict()["resolved"] | {"model": model_config}, "data_hash": sequences.data_hash, "split_hash": sequences.split_hash}
-    return Parts(sequences, build_plans(config, sequences, split, every=False)[0], build_plans(config, sequences, "test"), model, state, meta)
+    return Parts(sequences, build_plans(config, sequences, split, every=False)[0], build_plans(config, sequences, "test"), model, build_losses(config, sequences), state, meta)
 
 # %% ../nbs/21_experiment.ipynb #cell-23
 def data_facts(s):
@@ -327,7 +327,7 @@ def ask_twice(config, parts):
 
 def preflight(config, parts, rules=None):
     "Cards of all that is checked before the first step; `rules`: the baseline table of the test cases."
-    s, loss = parts.sequences, build_losses(config, parts.sequences)[config.stages[0].loss]
+    s, loss = parts.sequences, parts.losses[config.stages[0].loss]
     def make(**changes):
         torch.manual_seed(config.fit.seed)
         return build_model(replace(config, model=config.model | changes), s)[0]
@@ -472,7 +472,7 @@ def make_watch(config, run, parts, rules):
     s, name, cases = parts.sequences, metrics.metric_name("NDCG", 10, parts.plan.name), parts.sequences.cases(config.eval.select_on)
     max_len = getattr(parts.model, "train_len", parts.model.config.max_len)
     trained = np.setdiff1d(np.arange(1, len(s.items)), unseen_items(s))
-    watch = training.Watch(config.limits, stages=config.stages, losses=build_losses(config, s), batch=collate(s, s.train, shown_cases(s.train, config.fit.batch_size), max_len),
+    watch = training.Watch(config.limits, stages=config.stages, losses=parts.losses, batch=collate(s, s.train, shown_cases(s.train, config.fit.batch_size), max_len),
                            cases=collate(s, cases, shown_cases(cases, LOOKED_AT), parts.model.config.max_len), trained=trained, rules=training.rules_of(rules, name), config=config.fit, metric=name)
     watch.replay(read_records(run.path / "metrics.jsonl")[0])
     return watch
@@ -506,7 +506,7 @@ def _loop(config, run, parts, clock, say, control, findings, watch):
     evaluate = make_evaluate(config, parts.sequences, parts.plan, config.eval.select_on)
     state, times, reason = parts.state, [], "finished"
     run.status("running", "training")
-    loop = fit(parts.model, build_losses(config, parts.sequences), parts.sequences, config.stages, config.fit, evaluate, state)
+    loop = fit(parts.model, parts.losses, parts.sequences, config.stages, config.fit, evaluate, state)
     for record in loop:
         run.append(record)
         if watch: _watched(watch, record, parts.model, run, findings)
