@@ -561,7 +561,7 @@ def reevaluate(entry, like, protocol=None, say=lambda text: None):
     from mbnb import datasets
     from mbnb.evaluators import metrics
     from mbnb.config import PARAMETERS
-    from mbnb.experiment import NOT_SAVED, baseline_table, build_model, build_plans, configure, intervals, rank_model, rank_rules
+    from mbnb.experiment import NOT_SAVED, baseline_table, build_items, build_model, build_plans, configure, intervals, rank_model, rank_rules
     from mbnb.runs import read_checkpoint
     for key in ("dataset", "data_hash", "split_hash"):
         if entry.config.get(key) != like.config.get(key): raise CompareError(f"{entry.id} and {like.id} differ in {key} ({entry.config.get(key)} and {like.config.get(key)}): judging again does not help, train on the same data and split")
@@ -569,7 +569,7 @@ def reevaluate(entry, like, protocol=None, say=lambda text: None):
     protocol = protocol or next(iter(like.result["fingerprints"]))
     config = replace(ours, eval=replace(theirs.eval, protocol=type(theirs.eval.protocol)([protocol])))
     sequences = datasets.load(config.parameters["dataset"], **config.data)
-    plans, (model, _), weights = build_plans(config, sequences, "test"), build_model(config, sequences), read_checkpoint(entry.run.path, "best").weights
+    plans, (model, _), weights = build_plans(config, sequences, "test"), build_model(config, sequences, build_items(config, sequences)), read_checkpoint(entry.run.path, "best").weights
     if plans[0].fingerprint != like.result["fingerprints"][protocol]: raise CompareError(f"{entry.id} judged by {protocol!r} would get fingerprint {plans[0].fingerprint}, {like.id} has {like.result['fingerprints'][protocol]}: the evaluator has changed since; judge both again")
     part = "best." if any(k.startswith("best.") for k in weights) else "last."
     model.load_state_dict({k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)})

@@ -95,16 +95,18 @@ class RunConfig:
     stages: tuple
     limits: dict = field(default_factory=limits)        # thresholds of the doctor
     mute: str = ""                      # ids of its cards that are not to be shown as findings
+    sides: dict = field(default_factory=dict)           # {side table: file of the user's own} and encoder, for `mbnb.datasets.load_items`
 
     def to_dict(self):
         "What config.json holds: the parameters by name, and under `resolved` everything that followed from them."
         return self.parameters | {"loss": self.loss, "protocol": ", ".join(self.eval.protocol), "thresholds": self.limits, "mute": self.mute, "resolved": {
-            "model": self.model, "loss": self.loss_config, "data": self.data, "fit": asdict(self.fit), "eval": asdict(self.eval), "stages": [asdict(s) for s in self.stages]}}
+            "model": self.model, "loss": self.loss_config, "data": self.data, "fit": asdict(self.fit), "eval": asdict(self.eval), "stages": [asdict(s) for s in self.stages],
+            **({"sides": self.sides} if self.sides else {})}}
 
     def summary(self):
         "{part: {setting: value}} for a person; what the model's preset leaves as it is stands on the model's page."
         p = self.parameters
-        return {"run": {k: p[k] for k in ("model", "preset", "dataset", "loss", "seed")}, "model": self.model, "loss": self.loss_config, "data": self.data, "fit": asdict(self.fit),
+        return {"run": {k: p[k] for k in ("model", "preset", "dataset", "loss", "seed")}, "model": self.model, "loss": self.loss_config, "data": self.data, "fit": asdict(self.fit), **({"side tables": self.sides} if self.sides else {}),
                 **{f"stage {s.name}": asdict(s) for s in self.stages}, "eval": asdict(self.eval),
                 **({"doctor": own} if (own := {k: v for k, v in self.limits.items() if v != THRESHOLDS[k]} | ({"mute": self.mute} if self.mute else {})) else {})}
 
@@ -135,9 +137,10 @@ def make_config(**parameters):
     stages = tuple(override(Stage(**s), of_stages, "fit") for s in preset["stages"])
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
+    sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
     muted = given["doctor"].pop("mute", "")
     mute([], str(muted))                        # knows the ids
-    return RunConfig(p | {"loss": loss}, model, loss, loss_config, data_options(spec, given["data"]), fit_config, override(evaluation, given["eval"], "eval"), stages, limits(**given["doctor"]), str(muted))
+    return RunConfig(p | {"loss": loss}, model, loss, loss_config, data_options(spec, given["data"]), fit_config, override(evaluation, given["eval"], "eval"), stages, limits(**given["doctor"]), str(muted), sides)
 
 def _losses(cls, head):
     "Names of the losses that the class takes with this head; ConfigError for an unknown head."

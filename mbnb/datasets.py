@@ -6,19 +6,20 @@
 __all__ = ['SHOPS', 'GROUPLENS', 'RATED', 'STARS', 'SITE', 'ML_100K', 'ML_100K_SITE', 'ML_1M', 'ML_SMALL', 'BEAUTY', 'ASKED',
            'RETAIL', 'TAOBAO', 'TAOBAO_CATEGORY', 'KUAI', 'KUAIRAND', 'KUAIRAND_IMPRESSION', 'PURE', 'ROCKET',
            'TAOBAO_FULL', 'TABLE', 'SUMS', 'PAGE', 'MOST_BYTES', 'MOST_RATIO', 'RATINGS', 'READERS', 'READABLE',
-           'Source', 'DataSpec', 'names', 'spec', 'nearest', 'cache_folder', 'project_folder', 'places', 'locate',
-           'known_sums', 'check_file', 'how_to_get', 'absent', 'data_file', 'check_url', 'check_answer',
-           'looks_like_page', 'stream', 'fetch', 'open_archive', 'refuse_entry', 'copy_member', 'copy_members',
-           'unpack', 'settle', 'installed_member', 'pip_download', 'get_from_wheel', 'get_from_url', 'get',
-           'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors', 'read_options', 'build_options',
-           'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name', 'overview',
-           'describe']
+           'ML_TEXT', 'SIDE_TABLES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec', 'nearest', 'cache_folder',
+           'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get', 'absent', 'data_file',
+           'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive', 'refuse_entry',
+           'copy_member', 'copy_members', 'unpack', 'settle', 'installed_member', 'pip_download', 'get_from_wheel',
+           'get_from_url', 'get', 'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors', 'read_options',
+           'build_options', 'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name',
+           'shop_side', 'film_side', 'product_side', 'load_items', 'overview', 'describe']
 
 # %% ../nbs/05_datasets.ipynb #cell-3
 import difflib
 import hashlib
 import importlib.util
 import inspect
+import json
 import os
 import stat
 import subprocess
@@ -42,6 +43,7 @@ from tqdm import tqdm
 import mbnb
 from . import toyshop
 from .events import DataError, Events, read_events, read_lists, read_user_lists
+from .items import SIDES, Items, Table, lacking, read_table
 from .sequences import Sequences, from_events, from_lists
 
 # %% ../nbs/05_datasets.ipynb #cell-7
@@ -94,9 +96,10 @@ SITE = "https://files.grouplens.org/datasets/movielens/"
 
 ML_100K = DataSpec("ml-100k", "MovieLens 100k, films", "ml-100k",
     {"ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"},
+    {"ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"},
     read=STARS, rating="rating", twin="ml-100k-site",
     split_hash="d6f61dcee9f5ed10eb6a16499d86fd203217b2433414b3767523b50eb805460c", advice={"model.dropout": .2, "fit.batch_size": 64, "fit.average": .9, "fit.patience": 50},
-    source=Source("the wheel recbole 1.2.1", pip="recbole==1.2.1", members=("recbole/dataset_example/ml-100k/ml-100k.inter",)), **RATED)
+    source=Source("the wheel recbole 1.2.1", pip="recbole==1.2.1", members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item"))), **RATED)
 ML_100K_SITE = DataSpec("ml-100k-site", "MovieLens 100k, films, the archive of its own site", "ml-100k-site", {"u.data": ""},
     rating="rating",
     read={"names": ["user", "item", "rating", "timestamp"], "sep": "\t", "behavior": "interact"}, advice=ML_100K.advice,
@@ -421,7 +424,7 @@ def get_from_wheel(s):
         there = [installed_member(m) for m in s.source.members]
         if all(there): sums = {p.name: copy_member(open(p, "rb"), Path(temp) / p.name, p.stat().st_size) for p in there}
         else: sums = copy_members(pip_download(s.source.pip, temp), s.source.members, Path(temp))
-        for file in sums: check_file(Path(temp) / file, s.files[file], s.name)
+        for file in sums: check_file(Path(temp) / file, (s.files | s.extra)[file], s.name)
         settle(Path(temp), sums, folder)
     return folder
 
@@ -580,6 +583,50 @@ def one_name(s, built):
     return twin.name if twin and built.split_hash == twin.split_hash else s.name
 
 # %% ../nbs/05_datasets.ipynb #cell-83
+ML_TEXT = DataSpec("ml100k_text", "texts on the films of MovieLens 100k, by a language model", "ml100k_text",
+    {"item_descriptions.json": "3ae837e4cbb5a8d0b592eb5be1ccbbcd4cefbacf5a7638c2fbf035c5895ddc6c"},
+    {"user_preferences.json": "dd8a6b51edf5f6ccd61662128541c3a2cd92553aeeaefcae4c7a9d9dfb57b8e2"}, source=Source("ww93/MLLM@fb04ba2, data/llm_generated"))
+
+def shop_side(name, which, options):
+    "Texts or attributes of the things in a toy shop."
+    made = {"text": toyshop.item_texts, "attributes": toyshop.item_attributes}[which](shop_of(name, **options))
+    return Table(which, list(made), list(made.values()), "the shop's catalogue")
+
+def film_side(name, which, options):
+    "Descriptions (title, year and genres where there is none), genres, or what a language model wrote about the users."
+    if which == "user_text": return replace(read_table(data_file(ML_TEXT, "user_preferences.json"), which), source="a language model's text on the user (which may know the test item)")
+    if not (get("ml-100k") / "ml-100k.item").is_file(): get_from_wheel(ML_100K)
+    film = read_table(data_file("ml-100k", "ml-100k.item"), which)
+    if which == "attributes": return replace(film, values=[line.split(", ")[-1].split() for line in film.values])
+    if locate(ML_TEXT) is None: return replace(film, source="title, year and genres")
+    written = json.loads(data_file(ML_TEXT, "item_descriptions.json").read_text())
+    return replace(film, values=[written.get(k, line) for k, line in zip(film.keys, film.values)], source=f"a language model's descriptions, {sum(k not in written for k in film.keys)} titles")
+
+def product_side(name, which, options):
+    "Short text with brand and categories, or the codes of these, of Beauty's products."
+    if which == "attributes": return read_table(data_file("beauty", "Beauty_item2attributes.json"), which)
+    number, asin = (open(data_file("beauty", f)).read().split() for f in ("Beauty.txt", "user_sequence.txt"))
+    of, rows = dict(zip(asin, number)), pl.read_csv(data_file("beauty", "beauty_item_table.tsv"), separator="\t", quote_char=None, infer_schema=False)
+    return Table(which, [of[a] for a in rows["asin"]], [f"{a or ''}; {b or ''}" for a, b in zip(rows["text_id_idgenrec"], rows["attributes_s3rec"])], "short texts, brands and categories")
+
+SIDE_TABLES = {"toyshop": (shop_side, ("text", "attributes")), "ml-100k": (film_side, ("text", "attributes", "user_text")), "ml-100k-site": (film_side, ("text", "attributes", "user_text")),
+               "beauty": (product_side, ("text", "attributes"))}
+
+# %% ../nbs/05_datasets.ipynb #cell-85
+SIDE_OPTIONS = (*SIDES, "encoder")
+
+def load_items(name, sequences, wanted, options=(), **given):
+    """`Items` with the side tables `wanted` {name: "needed" or "optional"} of a data set, as far as there are any. `options`: those of `load`. `given`: {table: file} and `encoder`.
+    Raises DataError for a needed table that nobody has, a file that cannot be read, and a table that fits no item."""
+    encoder = given.pop("encoder", "auto")
+    for k in given:
+        if k not in SIDES: raise DataError(f"unknown side table {k!r}; nearest: {nearest(k, SIDES)}; valid: {', '.join(SIDES)}")
+    read, own = SIDE_TABLES.get(find_row(name).folder, (None, ()))
+    tables = {k: read_table(given[k], k) if k in given else read(name, k, dict(options)) for k in wanted if k in given or k in own}
+    lacking(wanted, tables, "the model", sequences.name)
+    return Items(sequences.items, sequences.users, tables, encoder)
+
+# %% ../nbs/05_datasets.ipynb #cell-88
 def _here(s):
     return "generated" if not s.files else "yes" if locate(s) else "no"
 

@@ -57,7 +57,7 @@ class Stage:
     loss_weights: dict = field(default_factory=dict)    # "main" is 1 if not named; every aux term must be named
     lr: float | dict = 1e-3         # or by sub-module, "*" for the rest
     patience: int = 5               # epochs without improvement; 0 = off
-    monitor: str | None = None      # None = "NDCG@10" of the first protocol
+    monitor: str | None = None      # a part of the model that is judged in place of the whole, by NDCG@10 of the first protocol as ever
     schedule: str = "constant"
     warmup: int = 0                 # steps of linear warm-up
     optimizer: str = "adam"         # or "adamw"
@@ -97,6 +97,8 @@ def partition(model, stage):
         if len(set(found)) != 1:
             raise FitError(f"stage {stage.name!r}: parameter {n!r} is in {len(set(found))} of its train and freeze groups; expected exactly one")
         side[n] = found[0]
+    if stage.monitor and stage.monitor not in getattr(model, "parts", ()):
+        raise FitError(f"stage {stage.name!r}: monitor={stage.monitor!r} is no part of the model; its parts: {', '.join(getattr(model, 'parts', ())) or 'none'}")
     return side
 
 # %% ../nbs/10_fit.ipynb #cell-13
@@ -285,16 +287,17 @@ def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict(
 def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None):
     """Train `model` through `stages`; a generator of records. Leaving it (`close()` says so at once) stops training; `state` then says where, in the middle of an epoch too.
 
-    losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}, ...}, all of it goes into the record.
+    losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}, ...}, all of it goes into the record; in a stage that monitors
+    a part of the model it is evaluate(model, part).
     `model.train_len`, where there is one, says how many events a training batch may hold: for models that choose windows of their own.
     Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights."""
     fabric = start_fabric(config)
     state = state or FitState(seed_everything(config.seed))
     max_len = max_len or getattr(model, "train_len", model.config.max_len)
     unseen = _unseen_of(model, sequences, config)
-    def settled(model):
+    def settled(model, *part):
         if unseen is not None: draw_unseen(model.items.weight, unseen, sequences.n_items, config.seed)
-        return evaluate(model)
+        return evaluate(model, *part)
     for number, stage in enumerate(stages):
         if number < state.stage or state.done: continue
         if state.best == -math.inf and state.best_weights: model.load_state_dict(state.best_weights)
@@ -363,7 +366,7 @@ def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_sta
         move_average(state, last, config.average)
         model.load_state_dict(state.average)
     release_memory()
-    with torch.no_grad(): found = evaluate(model)
+    with torch.no_grad(): found = evaluate(model, *filter(None, [stage.monitor]))
     release_memory()
     better = judge(state, found["value"], found["error"], stage, config.min_delta)
     if untrained: state.reference, state.flat = -math.inf, 0            # patience counts from the first trained epoch

@@ -125,11 +125,11 @@ def noting(config):
     for name in names: object.__setattr__(noted, name, getattr(config, name))
     return noted, read
 
-def settings_read(model, batch, sequences):
+def settings_read(model, batch, sequences, items=None):
     "Names of the fields of the model's Config that building it, one forward and one score read."
     noted, read = noting(model.config)
     again = type(model)(noted)
-    if hasattr(again, "prepare"): again.prepare(sequences, None)
+    if hasattr(again, "prepare"): again.prepare(sequences, items)
     with torch.no_grad(): again.train()(batch); again.eval().score(batch)
     return read
 
@@ -253,6 +253,8 @@ def check_model(make, model, sequences, loss, stages, config, limits=THRESHOLDS)
     stage, few = stages[0], collate(sequences, sequences.train, np.arange(min(8, len(sequences.train))), 20)
     weights, per_epoch = stage.loss_weights, steps_per_epoch(sequences, config, getattr(model, "train_len", model.config.max_len))
     fresh = make(**({"dropout": 0.} if "dropout" in {f.name for f in fields(model.config)} else {}))
+    for m in (model, fresh):
+        if hasattr(m, "on_epoch"): m.on_epoch(stage, 0)
     with torch.no_grad(): first = float(loss(fresh.eval()(few), torch.Generator().manual_seed(0)))
     need = 5 * sum(p.numel() * p.element_size() for p in model.parameters())            # weights, gradient, two moments, the best weights
     took = timed_steps(model, loss, sequences, stage, config)
@@ -260,6 +262,7 @@ def check_model(make, model, sequences, loss, stages, config, limits=THRESHOLDS)
              time_budget(took, per_epoch * sum(s.epochs for s in stages), need, free_memory(), limits),
              patience_cost(stages[-1].patience, stages[-1].epochs, per_epoch * float(np.median(took)), config.min_delta, limits)]
     card, asleep = overfit(fresh, few, loss, weights, limits)
+    asleep = {n for n in asleep if partition(fresh, stage)[n] >= 0}                     # what the first stage freezes may sleep
     return [_asleep(c, asleep) if c.id == "C13" else c for c in cards] + [card]
 
 def _tried(fresh, sequences):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'rows_of', 'read_printed', 'stats_identity', 'stages_of', 'mixed_stages', 'too_short', 'training_events',
-           'split_lengths', 'padding', 'mends', 'coverage', 'default_fill', 'bijection', 'duplicates', 'time_stamps',
+           'split_lengths', 'padding', 'coverage', 'default_fill', 'bijection', 'duplicates', 'time_stamps',
            'behavior_counts', 'funnel', 'read_by', 'time_leak', 'case_keys', 'holds_target', 'same_questions',
            'overlap', 'best_copy', 'repeat_share', 'items_of', 'cold_targets', 'shuffled', 'order_matters',
            'markov_order', 'order_in_data', 'pairs_of', 'graph_leak', 'alike', 'constant_candidates', 'check_data']
@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from math import ceil, comb, floor
-from os.path import commonprefix
 
 import numpy as np
 import polars as pl
@@ -27,6 +26,7 @@ from ..evaluators.metrics import per_case
 from ..evaluators.protocols import make_plan
 from ..evaluators.ranks import in_history
 from ..events import FLOOR, S_TO_MS
+from ..items import best_mend
 
 # %% ../../nbs/doctor/01_data.ipynb #cell-7
 def _card(id, found, otherwise, value=None, threshold=None, evidence=""):
@@ -150,39 +150,20 @@ def padding(length, max_len, limits=THRESHOLDS):
     return _card("D03", found, f"max_len {max_len}, mean {mean:.1f}: {100 * empty:.0f} % padding, {100 * cut:.1f} % of the rows cut", empty, limits["D03.padding"])
 
 # %% ../../nbs/doctor/01_data.ipynb #cell-27
-def mends(keys, tokens):
-    "Yields (words, keys, tokens): the usual reasons why two spellings of one id differ, undone."
-    yield "blanks around the keys are cut", [k.strip() for k in keys], tokens
-    yield "keys end at the first blank", [(k.split(None, 1) or [k])[0] for k in keys], tokens
-    yield "case is ignored", [k.lower() for k in keys], [t.lower() for t in tokens]
-    yield "keys lose '.0' at their end", [k.removesuffix(".0") for k in keys], tokens
-    yield "zeros in front are dropped", [k.lstrip("0") for k in keys], [t.lstrip("0") for t in tokens]
-    for n, start in _starts(keys): yield f"keys lose their first {n} characters ({start!r})", [k[n:] for k in keys], tokens
-    for n, start in _starts(tokens): yield f"items lose their first {n} characters ({start!r})", keys, [t[n:] for t in tokens]
-    widths = {len(t) for t in tokens}
-    if len(widths) == 1: yield f"keys end after {(n := widths.pop())} characters", [k[:n] for k in keys], tokens
-
-def _starts(words, most=40):
-    "(n, first n characters) that all the words share."
-    start = commonprefix(words)[:most]
-    return [(n, start[:n]) for n in range(1, len(start) + 1)]
-
-# %% ../../nbs/doctor/01_data.ipynb #cell-29
 def coverage(keys, vocabulary, name="the side table", limits=THRESHOLDS):
     "D04: the share of the item tokens `vocabulary` that `keys`, those of the side table `name`, hold."
     keys, tokens = {str(k) for k in keys}, [str(t) for t in vocabulary]
     if not tokens: return skipped("D04", "no item to look up")
-    count = lambda keys, tokens: sum(t in keys for t in tokens)
-    n, found = len(tokens), count(keys, tokens)
+    n, found = len(tokens), sum(t in keys for t in tokens)
     severity = next((s for s, key in (("E", "error"), ("W", "warn"), ("I", "info")) if found / n < limits[f"D04.{key}"]), "ok")
     if severity == "ok": return fine("D04", f"{name}: all {n:,} items found", 1., limits["D04.info"])
-    better, words = max(((count(set(k), t), words) for words, k, t in mends(sorted(keys), tokens)), key=lambda m: m[0]) if severity == "E" and keys else (0, "")
+    better, words = best_mend(keys, tokens) if severity == "E" else (0, "")
     hint = f"; {'all ' * (better == n)}{better:,} match if {words}" if better > found else ""
     fix = "Compare a key with an item token by eye; items that the table does not know need a vector of their own, not zeros."
     if hint: fix = "Write the keys as the items are written."
     return finding("D04", severity, f"{name}: {found:,} of {n:,} items found{hint}", fix, found / n, limits[f"D04.{dict(E='error', W='warn', I='info')[severity]}"], name)
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-32
+# %% ../../nbs/doctor/01_data.ipynb #cell-30
 def default_fill(answers, default=0, name="the side table", limits=THRESHOLDS):
     "D05: `answers` (N,) of look-ups, ids of which `default` stands for not found, or a mask of those that were found."
     answers = np.asarray(answers)
@@ -193,7 +174,7 @@ def default_fill(answers, default=0, name="the side table", limits=THRESHOLDS):
     return finding("D05", severity, said, "Let a failed look-up raise an error while the join is mended, then give what is really missing a learned vector.", share,
                    limits["D05.error" if severity == "E" else "D05.warn"], name)
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-35
+# %% ../../nbs/doctor/01_data.ipynb #cell-33
 def bijection(codes=None, encode=None, decode=None, n_items=None, limits=THRESHOLDS):
     """D06: `codes` (n, k), the generated id of each item, and/or `encode(item) -> id` and `decode(id) -> item` over the items 1..n_items."""
     if codes is None and encode is None: return skipped("D06", "no generated ids")
@@ -206,7 +187,7 @@ def bijection(codes=None, encode=None, decode=None, n_items=None, limits=THRESHO
     if lost: found.append(("E", f"{lost:,} of {len(ids):,} items do not come back from their id", "Build the table of decoding from the very table that encodes.", lost, 0))
     return _card("D06", found, f"{len(ids):,} items, as many ids", 0, 0)
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-38
+# %% ../../nbs/doctor/01_data.ipynb #cell-36
 def duplicates(user, item, behavior, time, limits=THRESHOLDS):
     "D07: events (E,) that repeat an earlier one in user, item, behavior and time."
     n = len(item)
@@ -216,7 +197,7 @@ def duplicates(user, item, behavior, time, limits=THRESHOLDS):
     return finding("D07", severity, said, "Drop them on reading (data.duplicates=drop), unless the log means them.", share, limits["D07.warn"] if severity == "W" else 0,
                    patch={"set": "data.duplicates=drop"})
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-41
+# %% ../../nbs/doctor/01_data.ipynb #cell-39
 def _last_two_tied(user, time):
     "bool (U,) over users with two events or more: the last two carry one time."
     order = np.lexsort((time, user)); user, time = user[order], time[order]
@@ -249,7 +230,7 @@ def time_stamps(time, user, unit="s", now=None, tied=None, limits=THRESHOLDS):
                            "Sort by time within a user; sorting keeps the order of the file within ties.", back, 0))
     return _card("D08", found, f"{100 * share:.1f} % of {len(tied):,} {what}", share, limits["D08.tied"])
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-44
+# %% ../../nbs/doctor/01_data.ipynb #cell-42
 def behavior_counts(sequences):
     "{behavior: events}, targets included, in the order of the behaviors."
     s, parts = sequences, [sequences.behavior]
@@ -272,7 +253,7 @@ def funnel(counts, targets, collapsed=False, limits=THRESHOLDS):
                       "Check that the codes of the behaviors are not swapped and that weak events were not filtered out.", asked / weak[1], 1.))
     return _card("D09", found, f"{name} {100 * share:.2g} % of events", share, limits["D09.least"])
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-47
+# %% ../../nbs/doctor/01_data.ipynb #cell-45
 def read_by(sequences, cases):
     "bool (E,): the flat event stands in the input of one of the cases."
     n = len(sequences.item) + 1
@@ -294,7 +275,7 @@ def time_leak(sequences, limits=THRESHOLDS):
                                  "Nothing to mend in leave-one-out; split by time (data.split=global_temporal) to know what a system in use would reach.", others, 0))
     return _card("D10", found, "no training event lies after a test event", 0., 0, rows_of(late))
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-50
+# %% ../../nbs/doctor/01_data.ipynb #cell-48
 def case_keys(sequences, cases, seed=0):
     "uint64 (N,): equal for cases with the same input items, in order, and the same target; else different but for one chance in 2^64 a pair."
     n, step = len(sequences.item) + 1, 0x9E3779B97F4A7C15
@@ -303,7 +284,7 @@ def case_keys(sequences, cases, seed=0):
     total = np.append(np.zeros(1, np.uint64), np.cumsum(item[sequences.item] * power[:-1]))
     return (total[cases.stop] - total[cases.start]) * back[cases.start] * np.uint64(step) + target[cases.target]
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-53
+# %% ../../nbs/doctor/01_data.ipynb #cell-51
 def _blocks(length, events=1 << 22):
     "Rows of `length` (N,) in runs of about `events` events."
     return np.split(np.arange(len(length)), np.flatnonzero(np.diff(np.cumsum(length) // events)) + 1)
@@ -323,7 +304,7 @@ def holds_target(sequences, cases):
         out[rows] = (times[0] > 0) & (times[1] == 0)
     return out
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-56
+# %% ../../nbs/doctor/01_data.ipynb #cell-54
 def same_questions(sequences):
     "Do validation and test ask for the same items, user by user or row by row?"
     s = sequences
@@ -346,7 +327,7 @@ def overlap(sequences, limits=THRESHOLDS):
     if share > limits["D11.both"]: found.append(("W", told, "Leave these rows out of training, or report the metric without them.", share, limits["D11.both"]))
     return _card("D11", found, told, share, limits["D11.both"], rows_of(known))
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-59
+# %% ../../nbs/doctor/01_data.ipynb #cell-57
 def best_copy(rules, metric="HR@10"):
     "(metric name, rule, value) of the best copy rule on the whole catalogue in {rule: {metric: value}}, or None; the run's own filter first."
     names = dict.fromkeys(m for row in (rules or {}).values() for m in row if re.fullmatch(re.escape(metric) + r"(\[full.*\])?", m))
@@ -375,7 +356,7 @@ def repeat_share(repeat, rules=None, slices=True, model=None, what="test", limit
                       "Let the model see what the rule sees (a repeat head, the newest items), or use the rule.", model[beaten[0]], beaten[2]))
     return _card("D12", found, told, rho, limits["D12.repeat"])
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-62
+# %% ../../nbs/doctor/01_data.ipynb #cell-60
 def items_of(sequences, *parts):
     "bool (V,): the item occurs in one of these Cases, as input or target."
     seen = np.zeros(len(sequences.items), bool)
@@ -394,7 +375,7 @@ def cold_targets(target, trained, known=None, limits=THRESHOLDS):
     return finding("D13", severity, told, "Report metrics with and without these cases; only content of the items can tell them apart.", share,
                    limits["D13.cold"] if severity == "W" else 0, rows_of(~trained[target]))
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-65
+# %% ../../nbs/doctor/01_data.ipynb #cell-63
 def shuffled(sequences, cases, rows=None, seed=0):
     "-> (Sequences, Cases): the cases `rows` (None = all) with the events of each input in random order."
     s, c = sequences, cases if rows is None else cases.take(rows)
@@ -405,7 +386,7 @@ def shuffled(sequences, cases, rows=None, seed=0):
     s = replace(s, item=add(s.item, s.item[mixed]), behavior=add(s.behavior, s.behavior[mixed]), time=add(s.time, s.time[index]), first=add(s.first, np.ones(len(row), bool)))
     return s, replace(c, start=stop - c.length, stop=stop)
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-67
+# %% ../../nbs/doctor/01_data.ipynb #cell-65
 def order_matters(ordered, shuffled, name="the model", metric="NDCG@10", limits=THRESHOLDS):
     "D14: a metric on histories in order and shuffled, two numbers or two arrays (N,) of the same cases."
     a, b = np.atleast_1d(ordered).astype(float), np.atleast_1d(shuffled).astype(float)
@@ -416,7 +397,7 @@ def order_matters(ordered, shuffled, name="the model", metric="NDCG@10", limits=
     return finding("D14", "W", f"{told}, order carries little", "Compare with a model of the set of items (item_knn), and look whether the data has an order at all.", drop,
                    limits["D14.drop"])
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-70
+# %% ../../nbs/doctor/01_data.ipynb #cell-68
 def _some(n, most, rng): return np.sort(rng.permutation(n)[:most])
 
 def markov_order(sequences, cases=2_000, events=1_000_000, seed=0):
@@ -436,7 +417,7 @@ def order_in_data(sequences, limits=THRESHOLDS):
     if sequences.n_items <= 10: return skipped("D14", f"a catalogue of {sequences.n_items} items, all of them within the first 10")
     return order_matters(*markov_order(sequences), "a first-order Markov rule", limits=limits)
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-73
+# %% ../../nbs/doctor/01_data.ipynb #cell-71
 def pairs_of(sequences, kind, *parts):
     "int64 (2, P), the distinct edges of these Cases, targets included: `kind` \"user-item\", or \"next\" for items that follow each other, smaller one first."
     s, out = sequences, []
@@ -458,7 +439,7 @@ def graph_leak(edges, train_pairs, held_pairs=None, limits=THRESHOLDS):
     return finding("D16", "E", f"{len(extra):,} of {n:,} edges come from {'validation or test rows' if held_pairs is not None else 'no training row'}",
                    "Build the graph from the training rows alone.", len(extra), 0, f"for instance {min(extra)}")
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-76
+# %% ../../nbs/doctor/01_data.ipynb #cell-74
 def alike(candidates, n_items, least=.9):
     "The largest number of cases whose list (N, m) is the same, or nearly so."
     N, m = candidates.shape
@@ -478,7 +459,7 @@ def constant_candidates(candidates, n_items, protocol="sampled", first=True, lim
     return finding("D17", "E" if first else "W", f"{protocol}: {who} cases share one list of {m} ids",
                    f"Rank the whole catalogue (full), or draw negatives for each case (uni{m}).", n / N, bound, protocol, {"protocol": "full"})
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-79
+# %% ../../nbs/doctor/01_data.ipynb #cell-77
 def _given(sequences, printed, sides, codes, graph, known, limits):
     "Cards of the checks that need more than the prepared data: {id: [cards]}."
     s, p = sequences, {k: v for k, v in (printed or {}).items() if k in ("users", "items", "rows", "per_user", "per_item", "sparsity")}
@@ -516,7 +497,7 @@ def _split(sequences, plans, rules, valid_rules, limits):
             "D14": [order_in_data(s, limits)],
             "D17": sampled or [fine("D17", "every protocol ranks the whole catalogue") if plans else skipped("D17", "no protocol")]}
 
-# %% ../../nbs/doctor/01_data.ipynb #cell-80
+# %% ../../nbs/doctor/01_data.ipynb #cell-78
 def check_data(sequences, *, max_len, plans=(), rules=None, valid_rules=None, printed=None, sides=None, codes=None, graph=None, known=None, now=None, limits=THRESHOLDS):
     """All D checks of a Sequences -> list of Cards, in the order of their ids.
 
