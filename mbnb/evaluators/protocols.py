@@ -28,13 +28,13 @@ from .ranks import EvalError, Plan, in_history
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-7
 FILTERS = ("none", "target_behavior", "all_seen")
-FORMS = "full, uni<m>, pop<m>, fixed<m> (m = number of negatives), each alone or followed by /none, /target_behavior or /all_seen"
-_FORM = re.compile(r"(full|uni|pop|fixed)((?<!full)[1-9]\d{0,6})?(?:/(none|target_behavior|all_seen))?")
+FORMS = "full, uni<m>, pop<m>, any<m>, fixed<m> (m = number of negatives), each alone or followed by /none, /target_behavior or /all_seen"
+_FORM = re.compile(r"(full|uni|pop|any|fixed)((?<!full)[1-9]\d{0,6})?(?:/(none|target_behavior|all_seen))?")
 
 @dataclass(frozen=True)
 class Protocol:
     "A name taken apart."
-    kind: str                   # "full" | "uni" | "pop" | "fixed"
+    kind: str                   # "full" | "uni" | "pop" | "any" | "fixed"
     n: int                      # negatives; 0 for "full"
     seen_filter: str | None     # None = the run's own
 
@@ -43,7 +43,7 @@ def _unknown(text):
     "The EvalError for a name that is no protocol, with the nearest one that is."
     number = re.search(r"[1-9]\d{0,6}", text)
     m = number[0] if number else "99"
-    valid = [kind + tail for kind in ("full", f"uni{m}", f"pop{m}", f"fixed{m}") for tail in ("", *(f"/{f}" for f in FILTERS))]
+    valid = [kind + tail for kind in ("full", f"uni{m}", f"pop{m}", f"any{m}", f"fixed{m}") for tail in ("", *(f"/{f}" for f in FILTERS))]
     near = difflib.get_close_matches(text.lower(), valid, 1, 0)[0]
     return EvalError(f"protocol {text!r} is unknown; did you mean {near!r}? Valid: {FORMS}")
 
@@ -215,15 +215,17 @@ def _generator(seed, split, kind):
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-30
 def draw_negatives(sequences, cases, protocol, *, split, seed=0, block=1 << 15):
-    """int32 (N, m): m items for each case that its user never touched in any split, all different. protocol "uni<m>" or "pop<m>".
+    """int32 (N, m): m items for each case, all different: "uni<m>" or "pop<m>" of those that its user never touched in any split, "any<m>" of all but the target.
 
     Raises EvalError where a user leaves too few. The block size is part of the sampler: another one draws other items."""
     p = read_protocol(protocol)
-    tickets = np.arange(1, len(sequences.items), dtype=np.int32) if p.kind == "uni" else train_events(sequences)
+    tickets = train_events(sequences) if p.kind == "pop" else np.arange(1, len(sequences.items), dtype=np.int32)
     draw, out = _Draw(tickets, len(sequences.items), _generator(seed, split, p.kind)), np.zeros((len(cases), p.n), np.int32)
     for a in range(0, len(cases), block):
         users, owner = np.unique(cases.user[a:a + block], return_inverse=True)
-        _fill(draw, out[a:a + block], owner, _known(sequences, cases, users), protocol, a)
+        forbidden = _known(sequences, cases, users) if p.kind != "any" else None
+        if forbidden is None: owner, forbidden = np.arange(len(owner)), np.append(np.arange(len(owner)) * len(sequences.items) + cases.target[a:a + block], _END)
+        _fill(draw, out[a:a + block], owner, forbidden, protocol, a)
     return out
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-38

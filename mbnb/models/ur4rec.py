@@ -160,8 +160,8 @@ class Source(nn.Module):
         split = lambda x: x.unflatten(-1, (self.S, self.heads, -1))
         q, k, v = split(query), split(key), split(value)
         z = torch.einsum(f"{'b' * (query.dim() > 2)}cshd,bnshd->sbchn", q, k) * q.shape[-1] ** -.5
-        real = real[:, None, None]
-        w = z.masked_fill(~real, torch.finfo(z.dtype).min).softmax(-1) * real
+        if real.all(): w = z.softmax(-1)
+        else: w = z.masked_fill(~real[:, None, None], torch.finfo(z.dtype).min).softmax(-1) * real[:, None, None]
         v = torch.einsum("bnshd,shde->sbhne", v, self.out.unflatten(1, (self.heads, -1)))
         return torch.einsum("sbchn,sbhne->sbce", w, v) + self.bias
 
@@ -170,7 +170,7 @@ class Source(nn.Module):
         S, B, C, D = x.shape
         x = F.layer_norm(x, (D,)).view(S, B * C, D)
         e = torch.baddbmm(self.down_bias, F.gelu(torch.baddbmm(self.up_bias, x, self.up)), self.down)
-        mixed = e[0] if gates is None else torch.einsum("spd,ps->pd", e, gates.reshape(-1, S))
+        mixed = e[0] if gates is None else (e * gates.reshape(-1, S).T[..., None]).sum(0)
         return self.mix(self.norm(mixed)).view(B, C, D), e
 
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-21
@@ -180,6 +180,7 @@ class Known:
     text: torch.Tensor          # (U,D)
     third: torch.Tensor         # (U,D)
     question: torch.Tensor      # (U,D)
+    unit: torch.Tensor          # (U,D), the question with length one
     query: torch.Tensor | None  # (U,SD) of the user's experts, and as tokens of a history
     key: torch.Tensor | None    # (U,SD)
     value: torch.Tensor | None  # (U,SD)
@@ -200,10 +201,10 @@ class Reader:
     real: torch.Tensor | None   # (B,n)
     read: torch.Tensor | None   # (S,B,1,D): the only token, or what is remembered
 
-    def rows(self, a, b):
-        "The users a to b."
-        cut = lambda x, dim=0: None if x is None else x.narrow(dim, a, b - a)
-        return Reader(cut(self.mean), cut(self.gate), cut(self.key), cut(self.value), cut(self.real), cut(self.read, 1))
+    def split(self, n):
+        "Readers of `n` users each."
+        parts = [None if x is None else x.split(n, dim) for x, dim in ((self.mean, 0), (self.gate, 0), (self.key, 0), (self.value, 0), (self.real, 0), (self.read, 1))]
+        return [Reader(*(None if x is None else x[k] for x in parts)) for k in range(len(parts[0]))]
 
 class Retriever(nn.Module):
     "Scores candidates by texts about items and users. Vectors are D = `width` wide."
@@ -234,7 +235,7 @@ def read_items(self: Retriever, text, third):
     u = self.user
     query, key, value = (f(x) if u.many else None for f, x in ((getattr(u, "query", None), q), (getattr(u, "key", None), d), (getattr(u, "value", None), d)))
     level = self.level.part(0, q) + self.level.part(2, desc) + self.level.part(3, other)
-    return Known(d, v, q, query, key, value, None if u.gate is None else u.gate.part(0, q), level, desc, other, (e1, e2), (g1, g2))
+    return Known(d, v, q, F.normalize(q, dim=-1), query, key, value, None if u.gate is None else u.gate.part(0, q), level, desc, other, (e1, e2), (g1, g2))
 
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-25
 @patch
@@ -280,8 +281,8 @@ def match(self: Retriever, items, users, candidates):
     o, e = u(q + a, g)
     w = self.level(at(items.level) + self.level.part(1, o))
     f = w[..., :1] * o + w[..., 1:2] * at(items.desc) + w[..., 2:] * at(items.other)
-    r = self.with_proxies(f.flatten(0, 1)).view(f.shape)
-    return F.cosine_similarity(r, q.expand_as(r), -1) / self.tau, {"answers": e, "gates": g, "weights": w}
+    r = F.normalize(self.with_proxies(f.flatten(0, 1)).view(f.shape), dim=-1)
+    return (r * at(items.unit)).sum(-1) / self.tau, {"answers": e, "gates": g, "weights": w}
 
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-31
 class Fusion(nn.Module):
@@ -514,7 +515,7 @@ def terms(self: UR4Rec, batch, row, column, y, h):
     users = self.readers(items, ids, batch, row, column)
     if self.training and c.user_memory: self.remember(batch.user[row], users.mean)
     place, step = torch.searchsorted(ids, ask), max(1, PAIRS // ask.shape[1])
-    z, found = zip(*[self.retriever.match(items, users.rows(a, min(a + step, len(ask))), place[a:a + step]) for a in range(0, len(ask), step)]) if len(ask) else ((h.new_zeros(0, ask.shape[1]),), ())
+    z, found = zip(*[self.retriever.match(items, some, at) for some, at in zip(users.split(step), place.split(step))]) if len(ask) else ((h.new_zeros(0, ask.shape[1]),), ())
     z, made, real = torch.cat(z), {}, ask > 0
     if self.training: self.watch(items, found)
     if "retrieval" in self.wanted: made["retrieval"] = rank_loss(z, real, c.retrieval)
@@ -574,10 +575,8 @@ def retrieved(self: UR4Rec, batch):
     ids = torch.arange(V, device=batch.item_seq.device)
     items, row = self.known(ids), torch.arange(B, device=ids.device)
     users = self.readers(items, ids, batch, row, row * 0 + min(batch.item_seq.shape[1], self.config.max_len) - 1)
-    wide, step, z = min(V, PAIRS), max(1, PAIRS // V), []
-    for a in range(0, B, step):
-        some = users.rows(a, min(a + step, B))
-        z.append(torch.cat([self.retriever.match(items, some, slice(b, b + wide))[0] for b in range(0, V, wide)], 1))
+    wide = min(V, PAIRS)
+    z = [torch.cat([self.retriever.match(items, some, slice(b, b + wide))[0] for b in range(0, V, wide)], 1) for some in users.split(max(1, PAIRS // V))]
     return torch.cat(z), users.mean
 
 @patch
