@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOKED_AT', 'ORACLE_USERS', 'LOOK', 'NOT_SAVED', 'ASKED', 'build_items', 'build_model', 'build_losses', 'build_plans',
-           'score_of', 'rank_parts', 'judged_part', 'rank_model', 'valid_loss', 'make_evaluate', 'mean_and_error',
-           'inside', 'shown_cases', 'case_cards', 'peek', 'rank_rules', 'rank_oracle', 'baseline_table', 'intervals',
-           'Clock', 'make_result', 'Control', 'clock_text', 'parts_text', 'epoch_line', 'rules_text', 'save_progress',
+           'rank_parts', 'judged_part', 'rank_model', 'valid_loss', 'make_evaluate', 'mean_and_error', 'inside',
+           'shown_cases', 'case_cards', 'peek', 'rank_rules', 'rank_oracle', 'baseline_table', 'intervals', 'Clock',
+           'make_result', 'Control', 'clock_text', 'parts_text', 'epoch_line', 'rules_text', 'save_progress',
            'load_progress', 'RunStopped', 'Parts', 'start_from', 'prepare', 'data_facts', 'run_folder_of',
            'saved_parameters', 'configure', 'some_cases', 'ask_twice', 'preflight', 'given_for_all', 'against_parent',
            'order_card', 'Findings', 'loud', 'examine', 'run_experiment', 'announce', 'result_lines', 'make_watch',
@@ -32,7 +32,7 @@ from .doctor import DoctorError, mute, read_cards, skipped, tally, worst_first
 from .doctor import across, config as before, data as of_data, run as after, training
 from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
-from .fit import Diverged, FitConfig, FitState, fit, seed_everything, start_fabric, unseen_items
+from .fit import Diverged, FitConfig, FitState, fit, score_of, seed_everything, start_fabric, unseen_items
 from .runs import LIVE, Run, RunError, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state
 from .sequences import collate, top_items
 from .zoo import ConfigError, loss_class, model_class
@@ -70,10 +70,6 @@ def build_plans(config, sequences, split, every=True, cases=None):
     return made
 
 # %% ../nbs/21_experiment.ipynb #cell-7
-def score_of(model, part=None):
-    "The function batch -> (B,V) of a model, or of one of its parts."
-    return model.score if part is None else lambda batch: model.score_parts(batch)[part]
-
 def rank_parts(config, sequences, model, split, plans, cases=None):
     "{part: {plan name: Ranks}} of the parts of a model on the cases of a split, or on `cases`; a model without parts has the one None."
     model.eval()
@@ -246,7 +242,8 @@ def epoch_line(record, stages, times):
     name = f"{record['stage']} " if len(stages) > 1 else ""
     head = f"{name}epoch {record['epoch']:3d}  loss {record['loss']:.4f}" if "loss" in record else f"{name}untrained        "
     shown = "  ".join(f"{k} {v:.4f}" for k, v in record["metrics"].items() if k.split("[")[0] in ("HR@10", "NDCG@10"))
-    epochs = next(s.epochs for s in stages if s.name == record["stage"])
+    names = [s.name for s in stages]
+    epochs = sum(s.epochs for s in stages[names.index(record["stage"]):])
     left = f"  {times[-1]:.1f} s  at most {clock_text(statistics.median(times) * (epochs - 1 - record['epoch']))} left" if times and "ends" not in record else ""
     apart = parts_text(record.get("parts", {}))
     return f"{head}  {shown} +-{1.96 * record['error']:.4f}{' *best' if record['best'] else ''}{' ' * bool(apart)}{apart}{left}{'  end: ' + record['ends'] if 'ends' in record else ''}"

@@ -105,6 +105,7 @@ PHRASES |= {
     "slices_intro": ("“repeat”: the target stood in the history; “novel”: it did not; “after_…”: the behavior of the newest event before the target.", "“repeat”：目标曾在历史中出现；“novel”：未曾出现；“after_…”：目标之前最近一次事件的行为类型。"),
     "slice": ("slice", "切片"), "cases": ("cases", "样本数"), "share": ("share", "占比"), "too_few": ("fewer than 30 cases", "样本少于 30"),
     "mixture": ("{metric} over all cases is the mixture of two tasks: {all} = {share} × {repeat} (repeat) + {rest} × {novel} (novel).", "全部样本的 {metric} 是两种任务的混合：{all} = {share} × {repeat}（重复）+ {rest} × {novel}（新颖）。"),
+    "parts_intro": ("The parts of the model, each judged by itself on the same cases.", "模型各组成部分在相同样本上分别评估的结果。"), "model_part": ("part", "组成部分"),
     "slices_empty": ("Slices without a single case: {names}.", "没有样本的切片：{names}。"), "slices_none": ("Slices are written with the test result, which is not there yet.", "切片随测试结果一同写出，目前尚无测试结果。"),
     "dur_s": ("{v} s", "{v} 秒"), "dur_min": ("{v} min", "{v} 分钟"), "dur_h": ("{v} h", "{v} 小时"),
     "t_total": ("whole run", "总耗时"), "t_prepare": ("data and baselines", "数据与基线"), "t_train": ("training steps", "训练步"), "t_evaluate": ("evaluation", "评估"), "t_epochs": ("trained epochs", "已训练轮次"), "t_steps": ("training steps written", "已记录训练步数"),
@@ -520,6 +521,8 @@ def on_slices(story):
     empty = [name for name, s in r["slices"].items() if not s["n"]]
     caption = say("test_under", protocol=first, fingerprint=r["fingerprints"][first], n=number(n))
     blocks = [para(say("slices_intro")), Block("table", Table([say("slice"), say("cases"), say("share"), *names, say("note")], rows, caption, (), (say("note"),)))] + ([para(say("slices_empty", names=", ".join(empty)))] if empty else [])
+    if r.get("parts"):
+        blocks += [para(say("parts_intro")), Block("table", Table([say("model_part"), *names], [[part, *(own.get(m) for m in names)] for part, own in r["parts"].items()], caption, (), ()))]
     repeat, novel = (r["slices"].get(k, {"n": 0, "metrics": ""}) for k in ("repeat", "novel"))
     if isinstance(repeat["metrics"], dict) and isinstance(novel["metrics"], dict):
         share = repeat["n"] / n

@@ -643,12 +643,13 @@ def _look_at_items(self: Watch, record, model):
     "T11 to T13, after an epoch."
     import torch
 
+    from mbnb.fit import score_of
     from mbnb.sequences import top_items
     begun, found = time.perf_counter(), {}
     with undisturbed(model) as device, torch.no_grad():
         model.eval()
         if self.cases is not None:
-            lists = top_items(model.score(self.cases.to(device)), 10)[0].cpu().numpy()
+            lists = top_items(score_of(model, getattr(self.stages.get(self.stage), "monitor", None))(self.cases.to(device)), 10)[0].cpu().numpy()
             self.lists = lists, getattr(model.config, "n_items", int(lists.max()))
             found["distinct"] = len(np.unique(lists[lists != 0]))
         table = getattr(getattr(model, "items", None), "weight", None)

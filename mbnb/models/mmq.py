@@ -129,7 +129,7 @@ class Unitary(nn.Module):
         self.weight, self.form = nn.Parameter(torch.randn(n, n) * .1), form
     def matrix(self):
         "-> real and imaginary part (n,n); the latter is None where it is 0."
-        S, one = self.weight.float(), torch.eye(len(self.weight), device=self.weight.device)
+        S, one = self.weight, torch.eye(len(self.weight), device=self.weight.device)
         with torch.autocast(S.device.type, enabled=False):
             if self.form == "real": return torch.linalg.solve(one - (S - S.T), one + (S - S.T)), None
             A = S + S.T
