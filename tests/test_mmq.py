@@ -178,7 +178,7 @@ def test_init_loss(loss, expected, changes):
     "C09: in spite of a temperature of .07. The plan's .8-1.2 for BPR is worse than chance."
     model, batch = build(MMQ, n_items=500, **changes).eval(), some(500, B=60)
     value = float(loss(model(batch), torch.Generator().manual_seed(0)))
-    assert value == pytest.approx(expected, rel=.001)
+    assert value == pytest.approx(expected, rel=.02)
     assert [before.initial_loss(x, expected).severity for x in (value, expected * 1.3)] == ["ok", "W"]
 
 
@@ -205,9 +205,11 @@ def test_init_kept():
     codes = model.codes(torch.arange(41))
     assert float((codes.spread / 2).exp().mean()) == pytest.approx(.22, abs=.02)
     p = model.eval()(some())
-    assert float((p.states @ p.table.T).abs().max()) < 1e-6
-    assert p.table[:, 32:].any() and not p.table[:, :32].any() and p.states[:, :32].any() and not p.states[:, 32:].any()
-    assert not build(MMQ, readout="modulus").items.weight[1:, :32].eq(0).any()
+    assert float((p.states @ p.table.T).abs().max()) < .07 * 14
+    halves = [float(x.detach().square().mean().sqrt()) for x in (p.table[:, :32], p.table[:, 32:], p.states[:, :32], p.states[:, 32:])]
+    assert halves[0] < .1 * halves[1] and halves[3] < .1 * halves[2]
+    other = build(MMQ, readout="modulus").items.weight.detach()
+    assert float(other[:, :32].std() / other[:, 32:].std()) == pytest.approx(1, abs=.1)
     assert not model.items.weight[0].any() and not model.ids.weight[0].any()
 
 

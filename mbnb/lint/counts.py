@@ -10,15 +10,15 @@ __all__ = ['PUBLIC', 'RULES', 'same_count', 'known_set', 'number_of', 'scopes', 
 import math
 import re
 
-from ..doctor import THRESHOLDS, finding, grade
+from ..doctor import KNOWN, THRESHOLDS, finding, grade
 from .facts import COUNTS
 
 # %% ../../nbs/lint/04_counts.ipynb #cell-5
 PUBLIC = {
-    "ML-100K": {"named": r"\bml[-_ ]?100k\b|movielens[-_ ]?100k", "users": 943, "items": 1682, "rows": 100_000,
+    "ML-100K": {"named": r"\bml[-_ ]?100k\b|movielens[-_ ]?100k", **KNOWN["ml-100k"]["whole"],
                 "floors": [("HR@10", "", "100 uniform negatives without the history", .402, .415), ("HR@10", "", "100 uniform negatives", .335, .350)]},
-    "ML-1M": {"named": r"\bml[-_ ]?1m\b|movielens[-_ ]?1m\b", "users": 6040, "items": 3706, "rows": 1_000_209, "floors": []},
-    "Beauty 5-core": {"named": r"\bbeauty\b", "users": 22_363, "items": 12_101, "rows": 198_502,
+    "ML-1M": {"named": r"\bml[-_ ]?1m\b|movielens[-_ ]?1m\b", **KNOWN["ml-1m"]["whole"], "floors": []},
+    "Beauty 5-core": {"named": r"\bbeauty\b", **KNOWN["beauty"]["5-core"],
                       "floors": [("HR@10", "test", "full", .0113, .0113), ("HR@10", "valid", "full", .0160, .0160),
                                  ("NDCG@10", "test", "full", .0053, .0053), ("NDCG@10", "valid", "full", .0078, .0078)]},
 }

@@ -238,7 +238,7 @@ class MMQ(nn.Module):
         width = lambda m: c.id_dim if m == "id" else getattr(c, f"{m}_dim")
         self.encoders = nn.ModuleDict({m: FactorEncoder(width(m), c) for m in self.present})
         self.decoders = nn.ModuleDict({m: nn.Sequential(nn.Linear(D, c.hidden[1]), nn.GELU(), nn.Linear(c.hidden[1], min(64, width(m)))) for m in self.present if m != "id"})
-        self.query = nn.Parameter(torch.randn(len(FACTORS), c.d_z)) if len(self.present) > 1 else None
+        self.query = nn.Parameter(torch.randn(len(FACTORS), c.d_z)) if len(self.present) > 1 and c.encoder != "density" else None
         self.gru = nn.GRU(D, c.gru_width, c.gru_layers, bias=False, batch_first=True, bidirectional=c.directions == 2)
         self.user, self.drop = nn.Linear(c.gru_width * c.directions, D, bias=False), Dropout(c.dropout)
         self.interest = ENCODERS[c.encoder](D, c, len(self.present))
@@ -287,8 +287,8 @@ def reset(self: MMQ):
     if self.ids is not None: nn.init.normal_(self.ids.weight, std=.1)
     with torch.no_grad():
         if self.interest.out is not None:
-            self.items.weight[:, :c.d_out // 2] = 0
-            self.interest.out.weight[c.d_out // 2:] = 0
+            self.items.weight[:, :c.d_out // 2] *= .05
+            self.interest.out.weight[c.d_out // 2:] *= .05
         for table in filter(None, (self.ids, self.items)): table.weight[0] = 0
     floor = ce_floor(c.n_items, c.temperature)
     if floor > 1: warnings.warn(f"temperature={c.temperature}: cross-entropy over {c.n_items:,} items cannot fall below {floor:.2f}, the right item at cosine 1 and all others at 0; .07 lets it, and BPR has no such floor", stacklevel=2)
@@ -338,9 +338,9 @@ def codes(self: MMQ, ids, sample=False):
 
 @patch
 def fuse(self: MMQ, z, has):
-    "z (M,n,F,d_z), has (M,n) -> item vectors (n,F d_z) and what each modality contributes, (M,n,F); an item without any is 0."
+    "z (M,n,F,d_z), has (M,n) -> item vectors (n,F d_z) and what each modality contributes, (M,n,F); an item without any is 0. Without a query they count alike."
     has = has[..., None]
-    if self.query is None: share = has.expand(z.shape[:3]).to(z.dtype)
+    if self.query is None: share = (has / has.sum(0).clamp(min=1)).expand(z.shape[:3]).to(z.dtype)
     else: share = torch.einsum("mnfd,fd->mnf", z, self.query).mul(z.shape[-1] ** -.5).masked_fill(~has, -1e4).softmax(0) * has
     return (share[..., None] * z).sum(0).flatten(1), share
 
