@@ -613,18 +613,19 @@ SIDE_TABLES = {"toyshop": (shop_side, ("text", "attributes")), "ml-100k": (film_
                "beauty": (product_side, ("text", "attributes"))}
 
 # %% ../nbs/05_datasets.ipynb #cell-85
-SIDE_OPTIONS = (*SIDES, "encoder")
+SIDE_OPTIONS = (*SIDES, "encoder", "shuffled")
 
 def load_items(name, sequences, wanted, options=(), **given):
-    """`Items` with the side tables `wanted` {name: "needed" or "optional"} of a data set, as far as there are any. `options`: those of `load`. `given`: {table: file} and `encoder`.
+    """`Items` with the side tables `wanted` {name: "needed" or "optional"} of a data set, as far as there are any. `options`: those of `load`. `given`: {table: file}, `encoder`, and `shuffled`, a comma list of
+    tables whose rows are dealt out anew among the items, as a control.
     Raises DataError for a needed table that nobody has, a file that cannot be read, and a table that fits no item."""
-    encoder = given.pop("encoder", "auto")
-    for k in given:
+    encoder, mixed = given.pop("encoder", "auto"), [k.strip() for k in given.pop("shuffled", "").split(",") if k.strip()]
+    for k in (*given, *mixed):
         if k not in SIDES: raise DataError(f"unknown side table {k!r}; nearest: {nearest(k, SIDES)}; valid: {', '.join(SIDES)}")
     read, own = SIDE_TABLES.get(find_row(name).folder, (None, ()))
     tables = {k: read_table(given[k], k) if k in given else read(name, k, dict(options)) for k in wanted if k in given or k in own}
     lacking(wanted, tables, "the model", sequences.name)
-    return Items(sequences.items, sequences.users, tables, encoder)
+    return Items(sequences.items, sequences.users, tables, encoder, mixed)
 
 # %% ../nbs/05_datasets.ipynb #cell-88
 def _here(s):

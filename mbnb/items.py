@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'SIDE_READERS', 'COLUMNS', 'ENCODERS', 'OF_USERS', 'SIDES', 'Table', 'read_json', 'read_columns',
            'read_arrays', 'read_table', 'mends', 'best_mend', 'rows_of', 'words_of', 'tfidf', 'leading', 'unit_rows',
            'encode_tfidf', 'encode_wordllama', 'has_wordllama', 'encode', 'Side', 'multi_hot', 'vectors_of', 'side_of',
-           'Items', 'lacking']
+           'shuffled', 'Items', 'lacking']
 
 # %% ../nbs/04_items.ipynb #cell-2
 import hashlib
@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
 
@@ -229,15 +229,22 @@ def side_of(table, tokens, encoder="auto", pad=True, what="item"):
 OF_USERS = ("user_text",)                                                   # tables whose keys are users
 SIDES = ("text", "attributes", "image", *OF_USERS)
 
+def shuffled(side, seed=0):
+    "The Side with its rows dealt out anew among those that have one: what a model gains from the table beyond having one."
+    rows, values = np.flatnonzero(side.has), side.values.copy()
+    values[rows] = side.values[np.random.default_rng(seed).permutation(rows)]
+    return replace(side, values=values, source=f"{side.source}; SHUFFLED")
+
 class Items:
     """The side tables of a data set, each made into numbers when it is first asked for: `items["text"]` -> Side.
-    `items` (V,): tokens, the pad first. `users` (U,): tokens. `tables`: {name: Table}."""
-    def __init__(self, items, users, tables, encoder="auto"): self.items, self.users, self.tables, self.encoder, self.made = items, users, tables, encoder, {}
+    `items` (V,): tokens, the pad first. `users` (U,): tokens. `tables`: {name: Table}. `shuffled`: names of tables whose rows are dealt out anew, as a control."""
+    def __init__(self, items, users, tables, encoder="auto", shuffled=()): self.items, self.users, self.tables, self.encoder, self.shuffled, self.made = items, users, tables, encoder, shuffled, {}
     def __contains__(self, name): return name in self.tables
     def __getitem__(self, name):
         if name not in self.made:
             mine = (self.users, self.encoder, False, "user") if name in OF_USERS else (self.items, self.encoder)
-            self.made[name] = side_of(self.tables[name], *mine)
+            side = side_of(self.tables[name], *mine)
+            self.made[name] = shuffled(side) if name in self.shuffled else side
         return self.made[name]
 
     @property

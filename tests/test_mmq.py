@@ -78,7 +78,8 @@ def test_unitary(kind):
         re, im = model.interest.unitary.matrix()
         U = torch.complex(re, torch.zeros_like(re) if im is None else im)
         return float((U @ U.mH - torch.eye(len(U))).abs().max().detach())
-    model, batch = build(MMQ, unitary=kind, n_states=8, gru_width=16), some()
+    model, batch = build(MMQ, unitary=kind, n_states=8, gru_width=16, modalities=("id",)), some(B=2, L=4)
+    model.on_epoch(stage(), 0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     assert off() < 1e-5
     start = model.interest.unitary.weight.detach().clone()
@@ -178,7 +179,7 @@ def test_init_loss(loss, expected, changes):
     "C09: in spite of a temperature of .07. The plan's .8-1.2 for BPR is worse than chance."
     model, batch = build(MMQ, n_items=500, **changes).eval(), some(500, B=60)
     value = float(loss(model(batch), torch.Generator().manual_seed(0)))
-    assert value == pytest.approx(expected, rel=.02)
+    assert value == pytest.approx(expected, rel=.05)
     assert [before.initial_loss(x, expected).severity for x in (value, expected * 1.3)] == ["ok", "W"]
 
 
