@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'check_type', 'check_parameters', 'given_parameters', 'parse_set',
-           'override', 'EvalConfig', 'RunConfig', 'preset_of', 'advised', 'make_config', 'data_options', 'check_model']
+           'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'make_config', 'data_options',
+           'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -113,6 +114,12 @@ class RunConfig:
 # %% ../nbs/20b_config.ipynb #cell-12
 STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "warmup", "optimizer", "weight_decay", "monitor")
 
+def by_stage(given, stages):
+    "Settings of stages, each for all of them or a tuple with a value for each -> [{setting: value}], one a stage."
+    for k, v in given.items():
+        if isinstance(v, (tuple, list)) and len(v) != len(stages): raise ConfigError(f"fit.{k}={v!r}: found {len(v)} values, expected one for all stages, or {len(stages)}: one each for {', '.join(s.get('name', 'fit') for s in stages)}")
+    return [{k: v[n] if isinstance(v, (tuple, list)) else v for k, v in given.items()} for n in range(len(stages))]
+
 def preset_of(cls, name, preset):
     "The preset's settings; ConfigError if the model has none of that name."
     if preset not in cls.PRESETS: raise unknown(f"preset of {name}", preset, cls.PRESETS)
@@ -130,11 +137,12 @@ def make_config(**parameters):
     loss = p["loss"] or preset["loss"]
     accepted = _losses(cls, given["model"].get("head", "softmax"))
     if loss not in accepted: raise unknown(f"loss for {p['model']}", loss, [n for n in accepted if n in LOSSES])
-    loss_config = asdict(override(loss_class(loss)(), given["loss"], "loss"))
+    of_loss = (preset.get("loss_config", {}) if loss == preset["loss"] else {}) | given["loss"]
+    loss_config = asdict(override(loss_class(loss)(), of_loss, "loss"))
     wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
     of_stages = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}
     fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
-    stages = tuple(override(Stage(**s), of_stages, "fit") for s in preset["stages"])
+    stages = tuple(override(replace(Stage(**s), lr=0.) if "lr" in own else Stage(**s), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
@@ -154,7 +162,7 @@ def data_options(spec, options):
 
 def check_model(cls, name, overrides):
     "Overrides of the model's own Config, the sizes of the data left out; ConfigError as in `override`."
-    sizes, known = ("n_items", "n_behaviors", "n_users"), {f.name: f for f in fields(cls.Config)}
+    sizes, known = ("n_items", "n_behaviors", "n_users", *(f"{side}_dim" for side in datasets.SIDES)), {f.name: f for f in fields(cls.Config)}
     for key in overrides:
         if key not in known or key in sizes: raise unknown("setting model.", key, [k for k in known if k not in sizes])
     return {k: check_type(f"model.{k}", v, known[k].default) for k, v in overrides.items()}
