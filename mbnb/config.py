@@ -140,9 +140,9 @@ def make_config(**parameters):
     of_loss = (preset.get("loss_config", {}) if loss == preset["loss"] else {}) | given["loss"]
     loss_config = asdict(override(loss_class(loss)(), of_loss, "loss"))
     wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
-    of_stages = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}
+    of_stages, weights = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}, check_type("fit.loss_weights", wanted.pop("loss_weights", {}), {})
     fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
-    stages = tuple(override(replace(Stage(**s), lr=0.) if "lr" in own else Stage(**s), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
+    stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
