@@ -22,6 +22,7 @@ MODELS = {
     "mbht": "mbnb.models.mbht:MBHT",
     "bert4rec": "mbnb.models.bert4rec:BERT4Rec",
     "gru4rec": "mbnb.models.gru4rec:GRU4Rec",
+    "ur4rec": "mbnb.models.ur4rec:UR4Rec",
     "mmq": "mbnb.models.mmq:MMQ",
 }
 LOSSES = {

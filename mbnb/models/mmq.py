@@ -114,11 +114,11 @@ def turned(x):
     return torch.cat([-im, re], -1)
 
 class ComplexMap(nn.Module):
-    "Pairs (...,n,2d) times a complex matrix (...,d,e) -> (...,n,2e); with `copies`, one matrix for each of them."
-    def __init__(self, d, e, copies=None):
+    "Pairs (...,n,2d) times a complex matrix (...,d,e) -> (...,n,2e); with `copies`, one matrix for each of them. Entries of a unit vector's image have a modulus of `gain` / sqrt(d), about."
+    def __init__(self, d, e, copies=None, gain=1.):
         super().__init__()
         shape = (d, e) if copies is None else (copies, d, e)
-        self.re, self.im = (nn.Parameter(torch.randn(shape) * (2 * d) ** -.5) for _ in range(2))
+        self.re, self.im = (nn.Parameter(torch.randn(shape) * gain * (2 * d) ** -.5) for _ in range(2))
     def forward(self, x): return x @ torch.cat([torch.cat([self.re, self.im], -1), torch.cat([-self.im, self.re], -1)], -2)
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-20
@@ -146,6 +146,8 @@ class StateAttention(nn.Module):
         super().__init__()
         if d % n_heads: raise ValueError(f"d_state={d} is not a multiple of n_heads={n_heads}")
         self.qkv, self.n_heads = ComplexMap(d, 3 * d), n_heads
+        with torch.no_grad():
+            for w in self.qkv.parameters(): w[:, :2 * d] *= d ** .5
     def forward(self, x):
         (K, N, d), H = x.shape, self.n_heads
         d = d // 2 // H
@@ -161,7 +163,7 @@ class StateEncoder(nn.Module):
         super().__init__()
         K, d, e = c.n_states, c.d_state, c.d_out
         self.amplitude, self.phase = (nn.Parameter(torch.randn(K, D, n) * D ** -.5) for n in (2 * d, d))
-        self.unitary, self.attention, self.measure = Unitary(K, c.unitary), StateAttention(d, c.n_heads), ComplexMap(d, e, K)
+        self.unitary, self.attention, self.measure = Unitary(K, c.unitary), StateAttention(d, c.n_heads), ComplexMap(d, e, K, d ** .5)
         self.out = nn.Linear(2 * e, e, bias=False) if c.readout == "signed" else None
     def states(self, u):
         "u (N,D) -> pairs (K,N,2d) of length one."
