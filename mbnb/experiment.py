@@ -33,7 +33,7 @@ from .doctor import across, config as before, data as of_data, run as after, tra
 from .evaluators import baselines, metrics, protocols, ranks, stats
 from .events import MbnbError
 from .fit import Diverged, FitConfig, FitState, fit, score_of, seed_everything, start_fabric, unseen_items
-from .runs import LIVE, Run, RunError, RunFolder, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state
+from .runs import LIVE, Run, RunError, RunFolder, best_words, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state
 from .sequences import collate, top_items
 from .zoo import ConfigError, loss_class, model_class
 
@@ -374,7 +374,7 @@ def preflight(config, parts, rules=None):
 
 def given_for_all(config):
     "{setting: value} given for the whole run that a stage may hold as well."
-    return {k: config.parameters[k] for k in ("lr", "patience", "epochs") if config.parameters[k]} | {k: v for k, v in parse_set(config.parameters["set"])["fit"].items() if k in STAGE_KEYS}
+    return {k: config.parameters[k] for k in ("lr", "patience", "epochs") if config.parameters[k]} | {k: v for k, v in parse_set(config.parameters["set"])["fit"].items() if k in STAGE_KEYS and not isinstance(v, (tuple, list))}
 
 # %% ../nbs/21_experiment.ipynb #cell-28
 def against_parent(config):
@@ -500,7 +500,7 @@ def result_lines(result, plans):
     for part, own in result.get("parts", {}).items():
         lines.append(f"      {part:10s}  " + "  ".join(f"{n} {own[n]:.4f}" for p in plans for n in (metrics.metric_name("HR", 10, p.name), metrics.metric_name("NDCG", 10, p.name)) if n in own))
     lines += [f"!  {badge}" for badge in result["badges"]]
-    return lines + [f"best epoch {result['best_epoch']} of {result['epochs']}; training {clock_text(result['seconds']['train'])} of {clock_text(result['seconds']['total'])}"]
+    return lines + [f"{best_words(result)}; training {clock_text(result['seconds']['train'])} of {clock_text(result['seconds']['total'])}"]
 
 # %% ../nbs/21_experiment.ipynb #cell-36
 def make_watch(config, run, parts, rules):
@@ -577,6 +577,7 @@ def _finish(config, run, parts, rules, clock):
         run.save_ranks("valid", "", rank_model(config, s, model, "valid", valid)[valid[0].name])
     clock.evaluate += time.perf_counter() - start
     result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, baseline_table(rules), clock)
+    if len(config.stages) > 1: result["stage"] = config.stages[-1].name
     result["selected"] = {"split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "value": parts.state.best}
     result["badges"] = [str(b) for p in parts.plans for b in baselines.badges(found[p.name], rules, p.name)]
     if len(by_part) > 1: result["parts"] = {part: {k: v for p in parts.plans for k, v in metrics.table(own[p.name], suffix=p.name).items()} for part, own in by_part.items()}

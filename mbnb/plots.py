@@ -23,7 +23,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .events import MbnbError
-from .runs import Run, RunError, Tail, load_run, read_json
+from .runs import best_words, Run, RunError, Tail, load_run, read_json
 
 # %% ../nbs/22_plots.ipynb #cell-5
 COLORS = {"loss": "#555555", "model": "#0072B2", "best": "#D55E00", "rules": ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")}
@@ -124,14 +124,14 @@ def result_text(result):
     "Where a run is, how long it took and what it needed."
     s = result["seconds"]
     return (f"{result['path']}: config.json, metrics.jsonl, ranks-*.npz, checkpoints/, result.json\n"
-            f"best epoch {result['best_epoch']} of {result['epochs']}, {result['params']:,} parameters, {s['train']:.1f} s of training "
+            f"{best_words(result)}, {result['params']:,} parameters, {s['train']:.1f} s of training "
             f"({s['total']:.1f} s in all), peak memory {result['peak_rss_mb']:,.0f} MB")
 
 # %% ../nbs/22_plots.ipynb #cell-16
 def runs_table(runs, metrics=("HR@10", "NDCG@10"), rules=()):
     "Finished Runs {label: Run} and the named rules of the first of them: label, seed, metrics with the 95 % interval of the last one, chosen epoch, minutes, run id."
     cell = lambda row: {m: round(row[m], 4) if row.get(m) is not None else "" for m in metrics}
-    rows = [{"": label, "seed": run.config["seed"]} | cell(r["test"]) | {"95 %": "{:.3f} to {:.3f}".format(*r["ci"][metrics[-1]]), "epoch": f"{r['best_epoch']} of {r['epochs']}",
+    rows = [{"": label, "seed": run.config["seed"]} | cell(r["test"]) | {"95 %": "{:.3f} to {:.3f}".format(*r["ci"][metrics[-1]]), "epoch": f"{r['stage']} {r['best_epoch']}" if "stage" in r else f"{r['best_epoch']} of {r['epochs']}",
              "minutes": round(r["seconds"]["train"] / 60, 1), "run": run.id} for label, run in runs.items() for r in [run.result]]
     first = next(iter(runs.values())).result["baselines"]
     rows += [{"": rule, "seed": "-"} | cell(first[rule]) for rule in rules]

@@ -8,7 +8,7 @@ __all__ = ['SILENT', 'STATES', 'LIVE', 'BEAT', 'ACTIONS', 'STEP_COLUMNS', 'RANK_
            'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain', 'save_json', 'read_json',
            'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal', 'parse_line', 'parse_lines',
            'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing', 'derived_status', 'send_request', 'Run',
-           'load_run', 'read_steps', 'Tail', 'ranks_file', 'digest', 'read_manifest', 'list_checkpoints',
+           'load_run', 'read_steps', 'Tail', 'best_words', 'ranks_file', 'digest', 'read_manifest', 'list_checkpoints',
            'weight_bytes', 'tensor_bytes', 'parse_state', 'read_verified', 'versions', 'free_stem', 'need_room',
            'Checkpoint', 'read_checkpoint', 'rng_state', 'restore_rng', 'missing_parts', 'flat', 'differences',
            'refuse_differences', 'git_commit', 'cpu_model', 'environment', 'run_row', 'list_runs']
@@ -603,6 +603,13 @@ class Tail:
         return [r for r in self.records if r.get("kind") == kind]
 
 # %% ../nbs/11_runs.ipynb #cell-75
+def best_words(result):
+    "Which weights were kept: 'best epoch 3 of 10', and of which stage where there are several."
+    if not result.get("stage"): return f"best epoch {result['best_epoch']} of {result['epochs']}"
+    when = "its start" if result["best_epoch"] < 0 else f"epoch {result['best_epoch']}"
+    return f"best of stage {result['stage']}: {when}; {result['epochs']} epochs in all stages"
+
+# %% ../nbs/11_runs.ipynb #cell-77
 RANK_ARRAYS = dict(case="int64", user="int64", target="int32", g="int32", e="int32", m="int32", repeat="bool")
 
 def ranks_file(split, plan=""):
@@ -638,7 +645,7 @@ def ranks(self: Run, split="test", plan=""):
         with np.load(file, allow_pickle=False) as arrays: return {name: arrays[name] for name in RANK_ARRAYS}
     except Exception as e: raise RunError(f"{file}: not a ranks file ({type(e).__name__}: {e}); evaluate the run again") from e
 
-# %% ../nbs/11_runs.ipynb #cell-79
+# %% ../nbs/11_runs.ipynb #cell-81
 FORMAT = 1  # of a checkpoint's manifest
 MANIFEST_KEYS = {"format", "name", "number", "best", "time", "offset", "versions", "files", "meta"}
 
@@ -665,7 +672,7 @@ def list_checkpoints(path):
         except RunError as e: notes.append(str(e))
     return sorted(found, key=lambda m: -m["number"]), notes
 
-# %% ../nbs/11_runs.ipynb #cell-81
+# %% ../nbs/11_runs.ipynb #cell-83
 def weight_bytes(weights):
     "{name: tensor} -> bytes of a safetensors file; tensors that share storage are saved each."
     import torch
@@ -685,7 +692,7 @@ def tensor_bytes(value):
     if isinstance(value, dict): value = value.values()
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple | type({}.values())) else 0
 
-# %% ../nbs/11_runs.ipynb #cell-84
+# %% ../nbs/11_runs.ipynb #cell-86
 def parse_state(data):
     "Bytes of a torch file -> its value, by weights_only=True; RunError when it holds more than tensors and plain values."
     import torch
@@ -704,7 +711,7 @@ def read_verified(folder, entry):
     if hashlib.sha256(data).hexdigest() != entry["sha256"]: raise RunError(f"{path.name}: SHA-256 differs, the file changed since it was written")
     return data
 
-# %% ../nbs/11_runs.ipynb #cell-87
+# %% ../nbs/11_runs.ipynb #cell-89
 def versions():
     "What the arithmetic of a run hangs on, beside its config: saved with a checkpoint, compared when it is loaded."
     import torch
@@ -723,7 +730,7 @@ def need_room(folder, size):
     if free < 2 * size: raise RunError(f"{folder}: {free / 1e6:.3g} MB free, a checkpoint of {size / 1e6:.3g} MB wants twice its size; "
                                        "free some space; the checkpoints that are there are intact")
 
-# %% ../nbs/11_runs.ipynb #cell-88
+# %% ../nbs/11_runs.ipynb #cell-90
 @patch
 def save_checkpoint(self: RunFolder, name, weights, state, meta, best=False):
     """Save weights {name: tensor}, state (tensors and plain values in dicts and lists) and meta (JSON); metrics.jsonl is synced and its
@@ -762,7 +769,7 @@ def _prove(self: RunFolder, folder, files):
             except RunError as e: raise RunError(f"{entry['name']}: could not be resumed from: {e}") from e
             self._proven = True
 
-# %% ../nbs/11_runs.ipynb #cell-89
+# %% ../nbs/11_runs.ipynb #cell-91
 @patch
 def _prune(self: RunFolder, folder):
     "Keep the last two checkpoints and the newest best one; the manifest of any other goes first, then files that none names."
@@ -779,7 +786,7 @@ def checkpoints(self: Run):
     self._note(notes)
     return found
 
-# %% ../nbs/11_runs.ipynb #cell-92
+# %% ../nbs/11_runs.ipynb #cell-94
 @dataclass
 class Checkpoint:
     "A loaded checkpoint. `offset`: where metrics.jsonl is to be cut; `exact`: nothing speaks against bit-equal resuming; `notes`: what does."
@@ -817,7 +824,7 @@ def _loaded(m, weights, state, notes, failed, which):
     if which == "best" and not m["best"]: passed.append(f"{m['name']} is not the best checkpoint: the best one is not there")
     return Checkpoint(m["name"], weights, state, m["meta"], m["offset"], not other, passed + other, [name for name, _ in failed])
 
-# %% ../nbs/11_runs.ipynb #cell-93
+# %% ../nbs/11_runs.ipynb #cell-95
 @patch
 def load_checkpoint(self: RunFolder, which="last"):
     "`read_checkpoint` of this folder; one that does not hold is set aside (`.json.bad`), so that it no longer counts as one of the last two."
@@ -826,7 +833,7 @@ def load_checkpoint(self: RunFolder, which="last"):
     self.notes += found.notes
     return found
 
-# %% ../nbs/11_runs.ipynb #cell-103
+# %% ../nbs/11_runs.ipynb #cell-105
 def rng_state(**generators):
     "State of Python's and torch's randomness and of each named torch or NumPy Generator, as a checkpoint's state can hold it."
     import random
@@ -852,7 +859,7 @@ def missing_parts(state, needed):
     "One loud note for each part of a checkpoint's state that an exact resume needs and that is not there."
     return [f"NOT EXACT: the checkpoint holds no {key!r}; the run goes on, but not as it would have" for key in needed if key not in state]
 
-# %% ../nbs/11_runs.ipynb #cell-107
+# %% ../nbs/11_runs.ipynb #cell-109
 def flat(value, prefix=""):
     "Nested dicts -> {'a.b': leaf}."
     if not isinstance(value, dict) or not value: return {prefix: value}
@@ -873,7 +880,7 @@ def refuse_differences(saved, now, what="config", may_differ=()):
     rows = table.rename(columns={"a": "saved", "b": "now"}).to_string(index=False)
     raise RunError(f"this run was started with another {what}; resume it with the same one, or start a new run:\n{rows}")
 
-# %% ../nbs/11_runs.ipynb #cell-110
+# %% ../nbs/11_runs.ipynb #cell-112
 ENV_ALLOWED = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONHASHSEED", "WORLD_SIZE")
 PACKAGES = ("mbnb", "torch", "numpy", "scipy", "pandas", "polars", "pyarrow", "safetensors", "lightning-fabric", "papermill", "nbdev")
 
@@ -894,7 +901,7 @@ def cpu_model():
     names = re.findall(r"^model name\s*: (.*)$", path.read_text(), re.M) if path.exists() else []
     return names[0] if names else platform.processor()
 
-# %% ../nbs/11_runs.ipynb #cell-111
+# %% ../nbs/11_runs.ipynb #cell-113
 def environment():
     "What a repeat of this run needs to know about the machine: versions, threads, processor, commit, allowed variables."
     from importlib.metadata import PackageNotFoundError, version
@@ -920,7 +927,7 @@ def write_result(self: RunFolder, result):
     if missing: raise RunError(f"result.json of {self.path.name}: no {', '.join(missing)}")
     return self.write_json("result.json", result)
 
-# %% ../nbs/11_runs.ipynb #cell-114
+# %% ../nbs/11_runs.ipynb #cell-116
 def run_row(path):
     "One row of `list_runs`; what a run has not written yet is missing."
     run = load_run(path)
