@@ -574,7 +574,8 @@ def watch_values(self: UR4Rec):
 def expert_load(self: UR4Rec):
     "(3S,) share of each sub-expert in the answer: its gate times the weight of its source."
     if not self.watched: return torch.zeros(3 * self.config.n_sub_experts).numpy()
-    return (self.watched["gates"] * self.watched["sources"][:, None]).flatten().cpu().numpy() / float(self.watched["steps"])
+    sources, gates = (self.watched[k] / self.watched["steps"] for k in ("sources", "gates"))
+    return (gates * sources[:, None]).flatten().cpu().numpy()
 
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-58
 @patch
