@@ -548,7 +548,7 @@ def _loop(config, run, parts, clock, say, control, findings, watch):
         if watch: _watched(watch, record, parts.model, run, findings)
         if record["kind"] == "epoch":
             clock.evaluate += record["eval_seconds"]
-            if "train_seconds" in record: times.append(record["train_seconds"] + record["eval_seconds"])
+            times = [*times, record["train_seconds"] + record["eval_seconds"]] if "train_seconds" in record else []           # a new stage has its own pace
             say(epoch_line(record, config.stages, times))
             if record["best"] or "ends" in record or state.epochs % config.fit.checkpoint_every == 0: save_progress(run, parts.model, state, record, parts.meta)
             reason = record.get("ends", reason)
