@@ -12,7 +12,7 @@ from mbnb import datasets
 from mbnb.checks import awake, build, random_batch, random_items, widen
 from mbnb.doctor import config as before, training
 from mbnb.evaluators import protocols, ranks
-from mbnb.fit import FitConfig, Stage, fit, partition
+from mbnb.fit import FitConfig, Stage, fit, partition, steps_per_epoch
 from mbnb.losses.bpr import BPR
 from mbnb.losses.ce import CE
 from mbnb.models.mmq import (AUX, ENCODERS, FACTORS, MMQ, Config, DensityEncoder, StateEncoder, Unitary, ce_floor, distance_correlation,
@@ -192,12 +192,13 @@ def test_weights_stand_in_one_place():
     assert [s["epochs"] for s in published["stages"]] == [10, 20, 20]
     assert [s["loss_weights"]["causal"] for s in published["stages"]] == [0, .001, .0005]
     assert [list(s["loss_weights"].values()) for s in ce["stages"]] == [[.1, .2, .05, 0]]
-    assert (ce["stages"][0]["lr"], ce["fit"]["batch_size"]) == (5e-4, 512)
+    assert (ce["stages"][0]["lr"], ce["fit"]["tokens"], published["fit"]["tokens"]) == (5e-4, 512, 256)
     assert [s["epochs"] for s in MMQ.PRESETS["small"]["stages"]] == [4, 8, 8]
     assert [s["loss_weights"] for s in MMQ.PRESETS["small"]["stages"]] == [s["loss_weights"] for s in published["stages"]]
     assert Config.ce(9) == Config(9)
 
 
+@torch.no_grad()
 def test_init_kept():
     "The encoders' start is not overwritten by a later one: small spread, no biases, and users and items in different halves."
     model = build(MMQ)
@@ -206,7 +207,7 @@ def test_init_kept():
     codes = model.codes(torch.arange(41))
     assert float((codes.spread / 2).exp().mean()) == pytest.approx(.22, abs=.02)
     p = model.eval()(some())
-    assert float((p.states @ p.table.T).abs().max()) < .07 * 14
+    assert float((p.states @ p.table.T).detach().abs().max()) < .07 * 14
     halves = [float(x.detach().square().mean().sqrt()) for x in (p.table[:, :32], p.table[:, 32:], p.states[:, :32], p.states[:, 32:])]
     assert halves[0] < .1 * halves[1] and halves[3] < .1 * halves[2]
     other = build(MMQ, readout="modulus").items.weight.detach()
@@ -338,6 +339,7 @@ def test_states_equal_slow_reference(kind):
         assert torch.allclose(share[:, n], p, atol=1e-6) and torch.allclose(out[n], enc.out(torch.cat([s.real, s.imag])), atol=1e-5)
 
 
+@torch.no_grad()
 def test_density_is_a_measurement():
     "Odds of all outcomes are not negative and sum to 1, whatever the basis."
     for kind in ("real", "complex"):
@@ -594,9 +596,19 @@ def test_wrong_values():
     with pytest.raises(ValueError, match="the data has none"): MMQ(Config.small(9, modalities=("text",)))
 
 
+@torch.no_grad()
 def test_unitary_at_large_weights():
     for kind in ("real", "complex"):
         U = Unitary(16, kind); torch.nn.init.normal_(U.weight, std=10.)
         re, im = U.matrix()
         z = torch.complex(re, torch.zeros_like(re) if im is None else im)
         assert float((z @ z.mH - torch.eye(16)).abs().max()) < 1e-5
+
+
+@pytest.mark.real_data
+def test_beauty_epochs_are_the_report_s(shared_data):
+    "513 batches of at most 256 prefixes, 254 of 512: the warm-ups of the presets are three and five epochs."
+    beauty = datasets.load("beauty")
+    for preset, epochs in (("published", 3), ("ce", 5)):
+        p = MMQ.PRESETS[preset]
+        assert p["stages"][0]["warmup"] == epochs * steps_per_epoch(beauty, FitConfig(**p["fit"]), 50)

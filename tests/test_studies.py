@@ -13,6 +13,8 @@ SMALL = {
     "mgpt_retail_beh": {"seeds": "0", "epochs": "1"},
     "gear_taobao": {"seeds": "0", "gear_epochs": "2", "mbht_epochs": "1"},
     "losses": {"seeds": "0", "datasets": "ml-100k", "epochs": "2", "losses": "ce,gbce,bpr", "negatives": "4"},
+    "ur4rec_ml100k": {"seeds": "0", "ablations": "0", "epochs": "2,1,1,1", "changes": "fixed weights"},
+    "bpr_beauty": {"seeds": "0", "epochs": "1,1,1", "whole": "1", "parts": "1,1,1", "changes": "temperature .2, bpr, no text"},
 }
 
 

@@ -229,9 +229,9 @@ class MMQ(nn.Module):
     needs = ()
     sides = {"text": "optional", "attributes": "optional", "image": "optional"}
     PRESETS = {
-        "published": {"loss": "bpr", "loss_config": {"n_neg": 4}, "fit": {"batch_size": 256, "clip": 1.}, "stages": _phases((10, 20, 20), 264)},
-        "ce": {"loss": "ce", "fit": {"batch_size": 512, "clip": 1.},
-               "stages": [{"name": "CE", "epochs": 50, "lr": 5e-4, "patience": 10, "warmup": 220, "loss_weights": dict(zip(AUX, (.1, .2, .05, 0.)))}]},
+        "published": {"loss": "bpr", "loss_config": {"n_neg": 4}, "fit": {"batch_size": 256, "tokens": 256, "clip": 1.}, "stages": _phases((10, 20, 20), 3 * 513)},
+        "ce": {"loss": "ce", "fit": {"batch_size": 512, "tokens": 512, "clip": 1.},
+               "stages": [{"name": "CE", "epochs": 50, "lr": 5e-4, "patience": 10, "warmup": 5 * 254, "loss_weights": dict(zip(AUX, (.1, .2, .05, 0.)))}]},
         "small": {"loss": "ce", "fit": {"batch_size": 256, "clip": 1.}, "stages": _phases((4, 8, 8), 44)},
     }
 
