@@ -100,3 +100,14 @@ def test_empty_texts_are_missing_ones():
     side = side_of(Table("text", ["a", "b"], ["a lamp", " "], "made up"), ["", "a", "b"], "tfidf")
     assert side.has.tolist() == [False, True, False]
     assert rows_of(Table("text", ["a"], ["x"], "made up"), ["b", "a"]).tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(("known", "severity"), [(90, "W"), (100, "ok")])
+def test_preflight_says_how_much_a_file_knows(shop, tmp_path, known, severity):
+    from mbnb.experiment import configure, look_before
+
+    (tmp_path / "text.json").write_text(json.dumps({i: f"a lamp {i}" for i in shop.items[1 : 1 + known]}))
+    small = f"model.d_model=16 model.width=16 model.n_positions=2 model.n_neg=5 data.text={tmp_path}/text.json data.encoder=tfidf"
+    cards = look_before(configure(model="ur4rec", dataset="toyshop-tiny", max_len=20, set=small))
+    mine = [c for c in cards if c.id == "D04" and c.message.startswith("text")]
+    assert [c.severity for c in mine] == [severity], cards
