@@ -125,15 +125,16 @@ def preset_of(cls, name, preset):
     if preset not in cls.PRESETS: raise unknown(f"preset of {name}", preset, cls.PRESETS)
     return cls.PRESETS[preset]
 
-def advised(spec, preset):
-    "{section: {field: value}} that the data set advises for the `small` preset."
-    return parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if preset == "small" else parse_set("")
+def advised(spec, preset, name):
+    "{section: {field: value}} that the data set advises for the `small` preset, and for those that say `advised`."
+    return parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if name == "small" or preset.get("advised") else parse_set("")
 
 def make_config(**parameters):
     "Parameters of `nbs/train.ipynb` -> RunConfig. Raises ConfigError (or DataError for the data set) before anything is written."
     p = check_parameters(parameters)
     cls, spec, given = model_class(p["model"]), datasets.find_row(p["dataset"]), parse_set(p["set"])
-    preset, advice = preset_of(cls, p["model"], p["preset"]), advised(spec, p["preset"])
+    preset = preset_of(cls, p["model"], p["preset"])
+    advice = advised(spec, preset, p["preset"])
     loss = p["loss"] or preset["loss"]
     accepted = _losses(cls, given["model"].get("head", "softmax"))
     if loss not in accepted: raise unknown(f"loss for {p['model']}", loss, [n for n in accepted if n in LOSSES])

@@ -74,7 +74,7 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     chosen = preset_of(cls, model, preset)
     make = cls.Config if preset == "published" else getattr(cls.Config, preset)
     sizes = [f.name for f in fields(cls.Config) if f.default is MISSING]
-    advice = advised(find_row(dataset), preset)
+    advice = advised(find_row(dataset), chosen, preset)
     config, stage = replace(make(**dict.fromkeys(sizes, 10)), **advice["model"]), chosen["stages"][0] | {k: v for k, v in advice["fit"].items() if k in STAGE_KEYS}
     choices = CHOICES | {"model": list(MODELS), "preset": list(cls.PRESETS), "dataset": list(data_names()), "loss": ["", *[n for n in cls.losses if n in LOSSES]]}
     help = parameter_help()

@@ -392,7 +392,7 @@ class UR4Rec(nn.Module):
     needs = ()
     sides = {"text": "needed", "attributes": "optional", "image": "optional", "user_text": "optional"}
     parts = ("sasrec", "retriever", "fused")
-    PRESETS = {"published": PUBLISHED, "balanced": PUBLISHED, "small": SMALL, "sequence": SMALL | {"stages": SMALL["stages"][:1]}}
+    PRESETS = {"published": PUBLISHED, "balanced": PUBLISHED, "small": SMALL, "sequence": SMALL | {"stages": SMALL["stages"][:1], "advised": True}}
 
     def __init__(self, config):
         super().__init__()
