@@ -66,8 +66,8 @@ class Config:
     @classmethod
     def small(cls, n_items, **changes):
         "The CPU preset."
-        base = cls(n_items, d_model=64, n_layers=2, n_heads=2, ff_dim=256, dropout=.2, positions="all", width=64, moe_heads=2, n_proxies=4, n_neg=12, n_positions=32, user_context="history", n_ctx=20,
-                   third="attributes", fusion="adaptive", fusion_norm="zscore", user_memory=False)
+        base = cls(n_items, d_model=64, n_layers=2, n_heads=2, ff_dim=256, dropout=.2, positions="all", width=64, moe_heads=2, n_proxies=4, n_neg=12, n_positions=32,
+                   user_context="history", n_ctx=20, third="attributes", fusion="adaptive", fusion_norm="zscore", user_memory=False)
         return replace(base, **changes)
 
     @classmethod
@@ -86,15 +86,21 @@ def check_config(c):
     for name, valid in CHOICES.items():
         if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(valid)}")
     if not c.text_dim: raise ValueError("text_dim=0: UR4Rec reads a text about each item, and there is no such table; give one with data.text=FILE")
-    if c.third != "learned" and not getattr(c, f"{c.third}_dim"): raise ValueError(f"third={c.third!r}, but there is no such table; give one with data.{c.third}=FILE, or take another: third='learned' needs none")
-    if c.user_context != "history" and not c.user_text_dim: raise ValueError(f"user_context={c.user_context!r} reads a text about each user, and there is no such table; give data.user_text=FILE, or take 'history'")
+    if c.third != "learned" and not getattr(c, f"{c.third}_dim"):
+        raise ValueError(f"third={c.third!r}, but there is no such table; give one with data.{c.third}=FILE, or take another: third='learned' needs none")
+    if c.user_context != "history" and not c.user_text_dim:
+        raise ValueError(f"user_context={c.user_context!r} reads a text about each user, and there is no such table; give data.user_text=FILE, or take 'history'")
     if c.user_memory and not c.n_users: raise ValueError("user_memory=True: needs n_users, the number of users")
     if c.width % c.moe_heads: raise ValueError(f"width={c.width} is not a multiple of moe_heads={c.moe_heads}")
     for name in ("n_sub_experts", "n_proxies", "n_neg", "n_positions", "n_ctx"):
         if getattr(c, name) < 1: raise ValueError(f"{name}={getattr(c, name)}: expected at least 1")
     if not 0 < c.fusion_weight < 1: raise ValueError(f"fusion_weight={c.fusion_weight}: expected a share between 0 and 1, the ends left out")
-    if context_tokens(c) == 1: warnings.warn("the context of the user is one token: attention gives it the weight 1 whatever the candidate asks, so queries and keys are left out. Take user_context='history' with n_ctx=20", stacklevel=3)
-    if c.user_context != "history": warnings.warn("user_context reads texts about users. Nothing says which events they were written from; if the test item is one of them, its score is no measurement. 'history' reads what came before", stacklevel=3)
+    if context_tokens(c) == 1:
+        warnings.warn("the context of the user is one token: attention gives it the weight 1 whatever the candidate asks, so queries and keys are left out. "
+                      "Take user_context='history' with n_ctx=20", stacklevel=3)
+    if c.user_context != "history":
+        warnings.warn("user_context reads texts about users. Nothing says which events they were written from; if the test item is one of them, its score is no measurement. "
+                      "'history' reads what came before", stacklevel=3)
 
 def context_tokens(c):
     "Tokens that the experts of the user read."
@@ -145,7 +151,8 @@ def stacked(*shape):
     return nn.Parameter(torch.empty(shape).uniform_(-1, 1) * shape[-2] ** -.5)
 
 class Source(nn.Module):
-    "S sub-experts that answer a candidate from the tokens of one source, and the gate that mixes them. `many`: attention over tokens; else a map of the only one. All vectors are D wide."
+    """S sub-experts that answer a candidate from the tokens of one source, and the gate that mixes them. `many`: attention over tokens; else a map of
+    the only one. All vectors are D wide."""
     def __init__(self, D, S, heads, many):
         super().__init__()
         self.S, self.heads, self.many = S, heads, many
@@ -421,7 +428,9 @@ def prepare(self: UR4Rec, sequences, items):
     "Takes the side tables from `items` and what each user has had in training from `sequences`; either may be None. Raises ValueError for a table of another size."
     for name, (rows, width) in self.tables.items() if items is not None else ():
         side = items[name]
-        if side.values.shape != (rows, width): raise ValueError(f"table {name!r}: found {side.values.shape[0]:,} rows of width {side.values.shape[1]:,}, expected {rows:,} of {width:,}, which the model was built for")
+        if side.values.shape != (rows, width):
+            found = "{:,} rows of width {:,}".format(*side.values.shape)
+            raise ValueError(f"table {name!r}: found {found}, expected {rows:,} of {width:,}, which the model was built for")
         getattr(self, name).copy_(torch.from_numpy(side.values)); getattr(self, f"has_{name}").copy_(torch.from_numpy(side.has))
     if sequences is not None:
         made = Taken.of(*training_items(sequences), len(sequences.users), self.config.n_items + 1)
