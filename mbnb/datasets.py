@@ -6,13 +6,13 @@
 __all__ = ['SHOPS', 'GROUPLENS', 'RATED', 'STARS', 'SITE', 'ML_100K', 'ML_100K_SITE', 'ML_1M', 'ML_SMALL', 'BEAUTY', 'ASKED',
            'RETAIL', 'TAOBAO', 'TAOBAO_CATEGORY', 'KUAI', 'KUAIRAND', 'KUAIRAND_IMPRESSION', 'PURE', 'ROCKET',
            'TAOBAO_FULL', 'TABLE', 'SUMS', 'PAGE', 'MOST_BYTES', 'MOST_RATIO', 'RATINGS', 'READERS', 'READABLE',
-           'ML_TEXT', 'SIDE_TABLES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec', 'nearest', 'cache_folder',
-           'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get', 'absent', 'data_file',
-           'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive', 'refuse_entry',
-           'copy_member', 'copy_members', 'unpack', 'settle', 'installed_member', 'pip_download', 'get_from_wheel',
-           'get_from_url', 'get', 'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors', 'read_options',
-           'build_options', 'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name',
-           'shop_side', 'film_side', 'product_side', 'load_items', 'overview', 'describe']
+           'ML_ITEM', 'ML_TEXT', 'SIDE_TABLES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec', 'nearest',
+           'cache_folder', 'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get', 'absent',
+           'data_file', 'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive',
+           'refuse_entry', 'copy_member', 'copy_members', 'unpack', 'settle', 'installed_member', 'pip_download',
+           'get_from_wheel', 'get_from_url', 'get', 'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors',
+           'read_options', 'build_options', 'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files',
+           'load', 'one_name', 'shop_side', 'film_side', 'product_side', 'load_items', 'overview', 'describe']
 
 # %% ../nbs/05_datasets.ipynb #cell-3
 import difflib
@@ -96,10 +96,9 @@ SITE = "https://files.grouplens.org/datasets/movielens/"
 
 ML_100K = DataSpec("ml-100k", "MovieLens 100k, films", "ml-100k",
     {"ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"},
-    {"ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"},
     read=STARS, rating="rating", twin="ml-100k-site",
     split_hash="d6f61dcee9f5ed10eb6a16499d86fd203217b2433414b3767523b50eb805460c", advice={"model.dropout": .2, "fit.batch_size": 64, "fit.average": .9, "fit.patience": 50},
-    source=Source("the wheel recbole 1.2.1", pip="recbole==1.2.1", members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item"))), **RATED)
+    source=Source("the wheel recbole 1.2.1", pip="recbole==1.2.1", members=("recbole/dataset_example/ml-100k/ml-100k.inter",)), **RATED)
 ML_100K_SITE = DataSpec("ml-100k-site", "MovieLens 100k, films, the archive of its own site", "ml-100k-site", {"u.data": ""},
     rating="rating",
     read={"names": ["user", "item", "rating", "timestamp"], "sep": "\t", "behavior": "interact"}, advice=ML_100K.advice,
@@ -424,7 +423,7 @@ def get_from_wheel(s):
         there = [installed_member(m) for m in s.source.members]
         if all(there): sums = {p.name: copy_member(open(p, "rb"), Path(temp) / p.name, p.stat().st_size) for p in there}
         else: sums = copy_members(pip_download(s.source.pip, temp), s.source.members, Path(temp))
-        for file in sums: check_file(Path(temp) / file, (s.files | s.extra)[file], s.name)
+        for file in sums: check_file(Path(temp) / file, s.files[file], s.name)
         settle(Path(temp), sums, folder)
     return folder
 
@@ -583,6 +582,8 @@ def one_name(s, built):
     return twin.name if twin and built.split_hash == twin.split_hash else s.name
 
 # %% ../nbs/05_datasets.ipynb #cell-83
+ML_ITEM = DataSpec("ml-100k-items", "titles, years and genres of MovieLens 100k", "ml-100k-items", {"ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"},
+    source=replace(ML_100K.source, members=("recbole/dataset_example/ml-100k/ml-100k.item",)))
 ML_TEXT = DataSpec("ml100k_text", "texts on the films of MovieLens 100k, by a language model", "ml100k_text",
     {"item_descriptions.json": "3ae837e4cbb5a8d0b592eb5be1ccbbcd4cefbacf5a7638c2fbf035c5895ddc6c"},
     {"user_preferences.json": "dd8a6b51edf5f6ccd61662128541c3a2cd92553aeeaefcae4c7a9d9dfb57b8e2"}, source=Source("ww93/MLLM@fb04ba2, data/llm_generated"))
@@ -595,8 +596,8 @@ def shop_side(name, which, options):
 def film_side(name, which, options):
     "Descriptions (title, year and genres where there is none), genres, or what a language model wrote about the users."
     if which == "user_text": return replace(read_table(data_file(ML_TEXT, "user_preferences.json"), which), source="a language model's text on the user (which may know the test item)")
-    if not (get("ml-100k") / "ml-100k.item").is_file(): get_from_wheel(ML_100K)
-    film = read_table(data_file("ml-100k", "ml-100k.item"), which)
+    get(ML_ITEM)
+    film = read_table(data_file(ML_ITEM, "ml-100k.item"), which)
     if which == "attributes": return replace(film, values=[line.split(", ")[-1].split() for line in film.values])
     if locate(ML_TEXT) is None: return replace(film, source="title, year and genres")
     written = json.loads(data_file(ML_TEXT, "item_descriptions.json").read_text())
