@@ -102,19 +102,19 @@ def median_rank(ranks):
     return float(low)
 
 # %% ../../nbs/evaluators/02_metrics.ipynb #cell-30
-def table(ranks, ks=KS, suffix="", metrics=("HR", "NDCG", "MRR"), ties="expected"):
+def table(ranks, ks=KS, suffix="", metrics=("HR", "NDCG", "MRR"), ties="expected", whole=True):
     """{name: mean}: `metrics` at every cutoff below the number of candidates, then MRR, AUC, mean and median rank.
 
     Cutoffs with K >= m are left out. suffix: the protocol in brackets (\"\" = none). With several cases a user each mean stands also as
-    `name/user`. No cases, no entries: {}."""
+    `name/user`. whole=False: only what has a cutoff, for a model that searches and does not rank the rest. No cases, no entries: {}."""
     if not len(ranks): return {}
-    asked = [(x, k) for x in metrics for k in ks if k < ranks.m.min()] + [("MRR", None)] + [("AUC", None)] * int(ranks.m.min() > 1) + [("rank", None)]
+    asked = [(x, k) for x in metrics for k in ks if k < ranks.m.min()] + whole * ([("MRR", None)] + [("AUC", None)] * int(ranks.m.min() > 1) + [("rank", None)])
     several, out = np.bincount(ranks.user).max() > 1, {}
     for metric, k in asked:
         values, shown = per_case(ranks, metric, k, ties), "mean rank" if metric == "rank" else metric
         out[metric_name(shown, k, suffix)] = float(values.mean())
         if several: out[metric_name(shown, k, suffix, per_user=True)] = user_mean(values, ranks.user)
-    return out | {metric_name("median rank", None, suffix): median_rank(ranks)}
+    return out | ({metric_name("median rank", None, suffix): median_rank(ranks)} if whole else {})
 
 # %% ../../nbs/evaluators/02_metrics.ipynb #cell-33
 def repeat_novel(ranks, metric, k=None):

@@ -7,7 +7,7 @@ __all__ = ['EvalError', 'Ranks', 'count_ranks', 'Plan', 'masked_targets', 'misse
 
 # %% ../../nbs/evaluators/01_ranks.ipynb #cell-2
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -198,6 +198,11 @@ def _collect(counts, sequences, cases, name):
         yield Ranks(np.arange(len(cases)), cases.user.astype(np.int64), cases.target.astype(np.int32), g, e, m, repeat)
 
 # %% ../../nbs/evaluators/01_ranks.ipynb #cell-37
+def _not_found(counts, scores, rows, target):
+    "Mark cases whose target the search has not reached as misses."
+    lost = torch.isneginf(scores[torch.arange(len(rows)), torch.from_numpy(target[rows].astype(np.int64))]).cpu().numpy()
+    for c in counts: c.missed[rows] |= lost
+
 def rank_cases(score, sequences, cases, plans, *, batch_size, max_len, name="model"):
     """-> {plan name: Ranks}, each in case order.
 
@@ -206,20 +211,32 @@ def rank_cases(score, sequences, cases, plans, *, batch_size, max_len, name="mod
     Raises EvalError on NaN, +inf, a masked target, scores of another shape or precision, a plan of other cases."""
     return rank_parts(lambda batch: {None: score(batch)}, sequences, cases, plans, batch_size=batch_size, max_len=max_len, name=name)[None]
 
-def rank_parts(scores, sequences, cases, plans, *, batch_size, max_len, name="model"):
-    "{part: {plan name: Ranks}} where `scores(batch)` gives {part: (B,V)}; else as `rank_cases`."
+def rank_parts(scores, sequences, cases, plans, *, batch_size, max_len, name="model", searches=False, team=None):
+    """{part: {plan name: Ranks}} where `scores(batch)` gives {part: (B,V)}; else as `rank_cases`.
+    searches: -inf stands for what a search has not found; such a target is a miss, and only plans over the whole catalogue can be asked.
+    team: the processes that rank together (`mbnb.devices.Team`), each the whole batches of its turn; all of them get all ranks, the very ones that a single process finds."""
     plans, counts, scratch, silent = list(plans), {}, None, 0
     if len({p.name for p in plans}) < len(plans): raise EvalError(f"{name}: plans {[p.name for p in plans]} share a name; expected one plan a name")
     for p in plans: _check_plan(p, sequences, cases, name)
+    drawn = [p.protocol for p in plans if searches and p.candidates is not None]
+    if drawn: raise EvalError(f"{name} searches the catalogue and has no score for each of the candidates of {drawn[0]!r}; use -p protocol full or full/none")
     fresh = lambda: [_Count(p, misses(p, cases.target, name), *np.full((2, len(cases)), -1, np.int32)) for p in plans]
-    for batch in batches(sequences, cases, batch_size, max_len):
+    for batch in batches(sequences, cases, batch_size, max_len, skip=team.rank if team else 0, every=team.size if team else 1):
         with torch.inference_mode(): found = scores(batch)
         for part, z in found.items():
             z, mute = _settle_empty(_checked(z, batch, len(sequences.items), name), batch)
             rows, step, silent = batch.case.cpu().numpy(), _block_rows(z), silent + mute
             if scratch is None: scratch = torch.empty(step, z.shape[1], device=z.device)
             if part not in counts: counts[part] = fresh()
+            if searches: _not_found(counts[part], z, rows, cases.target)
             for a in range(0, len(rows), step):
                 for c in counts[part]: c.block(z[a:a + step], scratch, rows[a:a + step], cases.target, name)
+    if team: counts, silent = _together(team, counts, silent, fresh)
     if silent: warnings.warn(f"{name}: {silent} of {len(cases)} cases have no history and no finite scores; all their candidates tie", stacklevel=3)
     return {part: {c.plan.name: r for c, r in zip(own, _collect(own, sequences, cases, name))} for part, own in (counts or {None: fresh()}).items()}
+
+def _together(team, counts, silent, fresh):
+    "Counts of all processes in each of them: a case that a process has not ranked stands at -1 there."
+    told = team.collect((list(counts), silent))
+    counts = {part: counts.get(part) or fresh() for part in next((parts for parts, _ in told if parts), [])}
+    return {part: [replace(c, missed=team.largest(c.missed.astype(np.int32)) > 0, g=team.largest(c.g), e=team.largest(c.e)) for c in own] for part, own in counts.items()}, sum(n for _, n in told)
