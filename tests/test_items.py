@@ -80,7 +80,8 @@ def test_wordllama_reads_its_own_files_only(monkeypatch):
 
 def test_made_up_items_leave_gaps():
     made = random_items(40)
-    assert made.widths() == {"text_dim": 16, "attributes_dim": 12, "image_dim": 10, "user_text_dim": 16}
+    widths = {"text_dim": 16, "attributes_dim": 12, "image_dim": 10, "user_text_dim": 16, "graph_dim": 8, "similar_dim": 3}
+    assert made.widths() == widths | {"n_tokens": 13, "id_length": 3}
     assert 0 < (~made["text"].has).sum() < 10
 
 

@@ -243,7 +243,7 @@ def check_plan(model, sequences, loss, stages, config, plans, select_on, given=N
     own, stage, least = float(np.diff(sequences.offsets).mean()), stages[-1], int(plans[0].m.min()) if len(plans[0].m) else 0
     same = len(sequences.valid) == len(sequences.test) and np.array_equal(sequences.valid.target, sequences.test.target) and np.array_equal(sequences.valid.stop, sequences.test.stop)
     kept = [k for k in ks if k < least]         # the tables leave out the others
-    alone = [skipped(id, "one process, no gradient to exchange") for id in ("C15", "C16")] if config.devices == 1 else []
+    alone = [skipped(id, "one process, no gradient to exchange" if config.devices == 1 else "asked by the processes themselves, before the first step of a run") for id in ("C15", "C16")]
     return [*alone, negatives(getattr(loss, "n_neg", 0), sequences.n_items, own, getattr(loss, "exclude", False), limits), parameters(total, len(sequences.users), rows, vectors, limits), embedding_share(total, items, limits),
             patience_meaning(stage.patience), cutoffs(kept, least, plans[0].protocol, limits) if kept else skipped("C07", "no cutoff below the number of candidates"),
             monitor(select_on, select_on == "test", same), phase_conflict({k: v for k, v in (given or {}).items() if k in ("lr", "patience", "epochs")}, {s.name: {"lr": s.lr, "patience": s.patience, "epochs": s.epochs} for s in stages} if len(stages) > 1 else {})]
@@ -255,10 +255,12 @@ def check_model(make, model, sequences, loss, stages, config, limits=THRESHOLDS)
     fresh = make(**({"dropout": 0.} if "dropout" in {f.name for f in fields(model.config)} else {}))
     for m in (model, fresh):
         if hasattr(m, "on_epoch"): m.on_epoch(stage, 0)
-    with torch.no_grad(): first = float(loss(fresh.eval()(few), torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        prediction = fresh.eval()(few)
+        first, n = float(loss(prediction, torch.Generator().manual_seed(0))), checks.choices(fresh, prediction)
     need = 5 * sum(p.numel() * p.element_size() for p in model.parameters())            # weights, gradient, two moments, the best weights
     took = timed_steps(model, loss, sequences, stage, config)
-    cards = [initial_loss(first, loss.at_init(sequences.n_items), limits), reduction(first, sequences.n_items, limits=limits), *_tried(fresh, sequences),
+    cards = [initial_loss(first, loss.at_init(n), limits), reduction(first, n, limits=limits), *_tried(fresh, sequences),
              time_budget(took, per_epoch * sum(s.epochs for s in stages), need, free_memory(), limits),
              patience_cost(stages[-1].patience, stages[-1].epochs, per_epoch * float(np.median(took)), config.min_delta, limits)]
     card, asleep = overfit(fresh, few, loss, weights, limits)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SEED', 'WAIT', 'TOY_STEPS', 'join_batches', 'gradients', 'big_batch', 'toy_model', 'toy_batches', 'toy_loss',
            'sum_gradients', 'toy_step', 'same_everywhere', 'is_gradient', 'watched', 'Parity', 'gradient_parities',
-           'gradient_parity', 'toy_parities', 'parity', 'double_sync', 'parity_cards']
+           'gradient_parity', 'toy_parities', 'team_parity', 'parity', 'double_sync', 'parity_cards']
 
 # %% ../../nbs/doctor/06_parity.ipynb #cell-3
+import copy
 import os
 import pickle
 import sys
@@ -200,7 +201,49 @@ def toy_parities():
     toy = dict(make_model=toy_model, make_batches=toy_batches, loss=toy_loss)
     return gradient_parities({row: toy | dict(step=partial(toy_step, **how), accumulate=n) for row, (n, how) in TOY_STEPS.items()})
 
-# %% ../../nbs/doctor/06_parity.ipynb #cell-28
+# %% ../../nbs/doctor/06_parity.ipynb #cell-27
+def _alone(team, fabric, model, chunk, loss, weights, draw):
+    "The mean gradient over the rows of all processes, each of which computes its own without the others; float64 (parameters,)."
+    from mbnb.fit import measure
+    rng, rows = draw(), 0
+    for batch in chunk:
+        with fabric.autocast(): total, _, n = measure(model, None if batch is None else batch.to(fabric.device), loss, weights, rng)
+        fabric.backward(total * n)
+        rows += n
+    flat = _flat(gradients(model))
+    dist.all_reduce(flat)
+    return flat / max(1., team.sum([rows])[0])
+
+def team_parity(team, model, chunk, loss, stage, seed=SEED):
+    """Parity of one real step on the batches of `chunk`, this process's share of them (None where it has no row); `model`, of which a copy is used, is trained as in `stage`. Every process of the team
+    (`mbnb.devices.Team`) has to call it, and all get the same answer."""
+    from mbnb.devices import Called
+    from mbnb.fit import backward, make_optimizer, partition
+    fabric, copied, notes = team.fabric, copy.deepcopy(model).train(), []
+    if hasattr(copied, "on_epoch"): copied.on_epoch(stage, 0)
+    make_optimizer(copied, stage, partition(copied, stage))        # who is trained
+    called = fabric.setup_module(Called(copied))
+    def draw():
+        torch.manual_seed(seed + team.rank)
+        return torch.Generator().manual_seed(seed + team.rank)
+    buffers = [(b, b.clone()) for b in copied.buffers()]
+    whole = _alone(team, fabric, copied, chunk, loss, stage.loss_weights, draw)
+    copied.zero_grad()
+    with torch.no_grad():
+        for b, old in buffers: b.copy_(old)
+    with watched(copied, backward, notes): backward(fabric, copied, chunk, loss, stage.loss_weights, draw(), team, called)
+    return _worst(team, _flat(gradients(copied)), whole, len(chunk), notes)
+
+def _worst(team, own, whole, accumulate, notes):
+    "The Parity of the process that is furthest off; own, whole: float64 (parameters,)."
+    first, size = team.tell(own.cpu()).to(own), float(whole.norm())
+    if not size: raise DoctorError("parity: the gradient of the first step is 0, nothing can be held against it")
+    entries = (own / whole)[whole.abs() > .01 * whole.abs().max()]
+    each = team.collect(((float(own @ whole / (whole @ whole)), float((own - whole).norm() / size), float(entries.min()), float(entries.max())), float((own - first).norm() / size)))
+    worst = max((own for own, _ in each), key=lambda found: found[1])
+    return Parity(team.size, accumulate, *worst, max(spread for _, spread in each), len(notes), sum(same for same, _ in notes), sum(n for same, n in notes if same))
+
+# %% ../../nbs/doctor/06_parity.ipynb #cell-30
 def _advice(p, bound):
     "What to do about a gradient that is not the big batch's."
     if p.spread > bound: return ("Nothing synchronizes the replicas: call the DDP wrapper and not the `.module` inside it, or sum the gradients once before the optimizer's step "
@@ -220,7 +263,7 @@ def parity(p, limits=THRESHOLDS):
     else: return fine("C15", f"{where}: gradients are {p.ratio:.3f} times those of one big batch, relative difference {p.off:.1e}", p.ratio, bound)
     return finding("C15", "E", text, _advice(p, bound), p.ratio, bound, where)
 
-# %% ../../nbs/doctor/06_parity.ipynb #cell-29
+# %% ../../nbs/doctor/06_parity.ipynb #cell-31
 def double_sync(p, limits=THRESHOLDS):
     "C16: what is reduced by hand was not equal on all processes before. p: Parity."
     if not p.reduced: return fine("C16", "no gradient is reduced by hand", 0, 0)
