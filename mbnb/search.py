@@ -71,7 +71,7 @@ def beam_search(advance, trie, B, width, penalty=0., among=False):
         if among: gain = gain.masked_fill(follow < 0, -torch.inf).log_softmax(2)
         total = (score[..., None] + gain).masked_fill(follow < 0, -torch.inf).flatten(1)
         score, at = total.topk(min(width, total.shape[1]), 1)
-        came, C = at // level.token.shape[1], level.token.shape[1]
+        came = at // level.token.shape[1]
         at = torch.where(score == -torch.inf, 0, at)                                         # a beam that found no room repeats the first child, with no chance
         token, node = token.flatten(1).gather(1, at), follow.flatten(1).gather(1, at).clamp(min=0)
         length = length.gather(1, came) + (token != 0)

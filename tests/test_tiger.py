@@ -45,7 +45,10 @@ def test_ids_of_several_lengths_end_where_they_end():
     assert rows[items.argsort()].tolist() == ids[1:].tolist()
 
 
-@pytest.mark.parametrize("ids, said", [([[0, 0], [1, 2], [1, 2]], "share"), ([[0, 0], [1, 2], [1, 0]], "beginning"), ([[0, 0], [0, 0], [1, 0]], "empty")])
+UNFIT = [([[0, 0], [1, 2], [1, 2]], "share"), ([[0, 0], [1, 2], [1, 0]], "beginning"), ([[0, 0], [0, 0], [1, 0]], "empty")]
+
+
+@pytest.mark.parametrize("ids, said", UNFIT)
 def test_ids_that_cannot_be_searched_are_refused(ids, said):
     with pytest.raises(SearchError, match=said):
         make_trie(ids)
@@ -60,12 +63,15 @@ def test_beam_equals_bruteforce():
         past = None
 
         def __call__(self, token, came):
-            self.past = token[..., None] if came is None else torch.cat([self.past.gather(1, came[..., None].expand(-1, -1, self.past.shape[2])), token[..., None]], 2)
+            token = token[..., None]
+            kept = None if came is None else self.past.gather(1, came[..., None].expand(-1, -1, self.past.shape[2]))
+            self.past = token if came is None else torch.cat([kept, token], 2)
             p = torch.nn.functional.pad(self.past, (1, 0))
             return table[p[..., -2], p[..., -1]]
 
     items, scores = beam_search(Model(), make_trie(ids), 3, 50)
-    by_hand = torch.tensor([sum(float(table[([0, 0] + row)[q], ([0, 0] + row)[q + 1], row[q]]) for q in range(3)) for row in ids[1:].tolist()])
+    rows = [[0, 0, *row] for row in ids[1:].tolist()]
+    by_hand = torch.tensor([sum(float(table[r[q], r[q + 1], r[q + 2]]) for q in range(3)) for r in rows])
     assert items[0].tolist() == (by_hand.argsort(descending=True, stable=True) + 1).tolist()
     assert torch.allclose(scores[0], by_hand.sort(descending=True).values, atol=1e-5)
     assert (items == items[0]).all()
@@ -75,7 +81,9 @@ def test_beam_equals_bruteforce():
 def test_beam_all_valid(width):
     "Whatever the model says, k different items come back, best first."
     ids, g = every_id(3, 4), torch.Generator().manual_seed(width)
-    items, scores = beam_search(lambda token, came: torch.randn(*token.shape, 4, generator=g).mul(9).log_softmax(-1), make_trie(ids), 6, width)
+    def says(token, came): return torch.randn(*token.shape, 4, generator=g).mul(9).log_softmax(-1)
+
+    items, scores = beam_search(says, make_trie(ids), 6, width)
     k = min(width, 81)
     assert items.shape == (6, k) and items.min() > 0
     assert all(len(set(row)) == k for row in items.tolist())
@@ -154,7 +162,9 @@ def test_users_in_one_bucket_share_their_token():
 
 def test_wider_batches_and_other_companions_change_nothing():
     model, batch = awake(build(TIGER)), random_batch(40, B=5)
-    alone = torch.cat([model.score(Batch(**{k: (v[n:n + 1] if torch.is_tensor(v) else v) for k, v in batch.__dict__.items()})) for n in range(5)])
+    def one(n): return Batch(**{k: (v[n:n + 1] if torch.is_tensor(v) else v) for k, v in batch.__dict__.items()})
+
+    alone = torch.cat([model.score(one(n)) for n in range(5)])
     for other in (model.score(batch), model.score(widen(batch, 4))):
         assert torch.allclose(other[:, 1:], alone[:, 1:], atol=1e-4)
 
@@ -163,12 +173,12 @@ def test_protocols_with_drawn_candidates_are_refused_before_training(tmp_path):
     from mbnb.experiment import run_experiment
 
     with pytest.raises(MbnbError, match="searches the catalogue.*full"):
-        run_experiment(configure(model="tiger", dataset="toyshop-tiny", protocol="uni20", runs_dir=str(tmp_path), set="data.users=20"), say=lambda line: None)
+        run_experiment(configure(model="tiger", dataset="toyshop-tiny", protocol="uni20", runs_dir=str(tmp_path)), say=str)
 
 
 @pytest.fixture(scope="module")
 def few():
-    config = configure(model="tiger", dataset="toyshop-tiny", max_len=4, set="data.users=40 eval.valid_cases=30 fit.threads=1 model.chunk=256")
+    config = configure(model="tiger", dataset="toyshop-tiny", max_len=4, set="data.users=40 eval.valid_cases=30 model.chunk=256")
     s = datasets.load("toyshop-tiny", users=40)
     items = build_items(config, s)
     return config, s, items

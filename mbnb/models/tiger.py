@@ -62,6 +62,7 @@ class TIGER(nn.Module):
         self.tokens = nn.Embedding(c.n_tokens, c.d_model)
         self.users = nn.Embedding(c.n_buckets, c.d_model) if c.n_buckets else None
         self.encoder, self.decoder = Encoder(*parts), Decoder(*parts)
+        nn.init.constant_(self.decoder.norm.weight, .3)         # at T5's 1 the first guesses are bold
         self.register_buffer("ids", torch.zeros(c.n_items + 1, c.id_length, dtype=torch.int64), persistent=False)
         self.trie = None
 
@@ -71,6 +72,11 @@ class TIGER(nn.Module):
         if found.shape != self.ids.shape: raise ValueError(f"table 'ids' has the shape {tuple(found.shape)}, expected {tuple(self.ids.shape)}")
         self.ids.copy_(found)
         self.trie = make_trie(found)
+
+    def ready(self, batch):
+        "The trie stands where the batch is; ValueError before `prepare`."
+        if self.trie is None: raise ValueError("the model has no ids yet; call prepare(sequences, items) first")
+        self.trie = self.trie.to(batch.item_seq.device)
 
     def bucket(self, user):
         "Users share `n_buckets` tokens; a multiplication spreads neighbors."
@@ -85,8 +91,7 @@ class TIGER(nn.Module):
         return self.encoder(x, real), real
 
     def forward(self, batch):
-        if self.trie is None: raise ValueError("the model has no ids yet; call prepare(sequences, items) first")
-        self.trie = self.trie.to(batch.item_seq.device)
+        self.ready(batch)
         row, window, target = prefixes(batch, self.config.max_len)
         order = (window != 0).sum(1).argsort(stable=True)
         ids = self.ids[target[order]]
@@ -107,8 +112,7 @@ class TIGER(nn.Module):
 @patch
 def search(self: TIGER, batch, width):
     "The `width` most likely items of each row (B,k) and their log-probabilities."
-    if self.trie is None: raise ValueError("the model has no ids yet; call prepare(sequences, items) first")
-    self.trie = self.trie.to(batch.item_seq.device)
+    self.ready(batch)
     found = [self._search(n, batch, width) for n in (batch.item_seq != 0).sum(1).argsort(stable=True).split(self.config.chunk)]
     rows, items, scores = (torch.cat(x) for x in zip(*found))
     back = rows.argsort()

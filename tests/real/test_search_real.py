@@ -15,7 +15,8 @@ LEXICAL = "item_generative_indexing_hierarchy_v1_c128_l7_len32768_split.txt"
 
 @pytest.fixture(scope="module")
 def parts(shared_data):
-    config = configure(model="tiger", dataset="beauty", set=f"data.ids={datasets.data_file('beauty', LEXICAL)} model.d_model=16 model.ff_dim=16 model.n_heads=2 fit.threads=1")
+    narrow = "model.d_model=16 model.ff_dim=16 model.n_heads=2"
+    config = configure(model="tiger", dataset="beauty", set=f"data.ids={LEXICAL} {narrow} fit.threads=1")
     s = datasets.load("beauty")
     return config, s, build_items(config, s)
 
