@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from .events import MbnbError
-from .search import beam_search, children, make_trie, over_catalogue
+from .search import beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
 from .seq2seq import OUT, CheckpointError, Decoder, Encoder, read_t5
-from .sequences import Prediction, prefixes, top_items
+from .sequences import Prediction, prefixes
 
 # %% ../nbs/02d_prompts.ipynb #cell-5
 class PromptError(MbnbError):
@@ -245,16 +245,13 @@ def predict(self: Prompted, batch, prefix=None):
     "Prediction of the ids of all items that follow a beginning of a history; its table holds the tokens of the ids."
     self.ready(batch)
     row, windows, target = prefixes(batch, self.reach)
-    states, wanted, follow, in_trie = [self.tokens.weight[:0]], [target[:0]], [], self.config.among == "trie"
+    states, wanted, among = [self.tokens.weight[:0]], [target[:0]], []
     for n, memory, hidden in self.memories(windows, prefix) if len(target) else ():
         ids = self.ids[target[n]]
-        asked, x = ids != 0, self.tokens(self.pieces[F.pad(ids, (1, 0))[:, :-1]])
-        if in_trie:
-            among = children(self.trie, ids)
-            asked = asked & ((among != 0).sum(2) > 1)               # what must follow teaches nothing
-            follow.append(among[asked])
+        x, (asked, choices) = self.tokens(self.pieces[F.pad(ids, (1, 0))[:, :-1]]), taught(self.trie, ids, self.config.among)
+        if choices is not None: among.append(choices[asked])
         states.append(self.decoder.write(x, memory, hidden)[asked] * self.config.d_model ** -.5); wanted.append(ids[asked])
-    return Prediction(torch.cat(states), torch.cat(wanted), self.table(), among=torch.cat(follow) if follow else None)
+    return Prediction(torch.cat(states), torch.cat(wanted), self.table(), among=torch.cat(among) if among else None)
 
 # %% ../nbs/02d_prompts.ipynb #cell-23
 @patch
@@ -268,9 +265,7 @@ def search(self: Prompted, batch, width, prefix=None):
     self.ready(batch)
     found, table = [], self.table()
     for n, memory, hidden in self.memories(batch.item_seq, prefix): found.append((n, *self._search(len(n), self.decoder.past(memory, hidden), width, table)))
-    rows, items, scores = (torch.cat(x) for x in zip(*found))
-    back = rows.argsort()
-    return items[back], scores[back]
+    return in_row_order(found)
 
 @patch
 def score(self: Prompted, batch, width=0, prefix=None):
@@ -280,8 +275,7 @@ def score(self: Prompted, batch, width=0, prefix=None):
 @patch
 def recommend(self: Prompted, batch, k, prefix=None):
     "The k items with the highest scores (B,k), best first, and the scores; what `batch.exclude` names leaves after the search, which is as much wider."
-    out = batch.exclude
-    return top_items(self.score(batch, max(50, k + (0 if out is None else out.shape[1])), prefix), k, out)
+    return recommended(lambda b, width: self.score(b, width, prefix), batch, k)
 
 # %% ../nbs/02d_prompts.ipynb #cell-25
 def in_trie(weights, ids, trie):

@@ -12,9 +12,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..search import beam_search, children, make_trie, over_catalogue
+from ..search import beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
 from ..seq2seq import Decoder, Encoder
-from ..sequences import Prediction, prefixes, top_items
+from ..sequences import Prediction, prefixes
 
 # %% ../../nbs/models/10_tiger.ipynb #cell-6
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class TIGER(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.among not in ("tokens", "trie"): raise ValueError(f"among={c.among!r} is unknown; valid: tokens, trie")
         parts = (c.d_model, c.ff_dim, c.n_heads, c.d_head, c.n_layers, c.dropout)
         self.tokens = nn.Embedding(c.n_tokens, c.d_model)
         self.users = nn.Embedding(c.n_buckets, c.d_model) if c.n_buckets else None
@@ -96,11 +95,9 @@ class TIGER(nn.Module):
         order = (window != 0).sum(1).argsort(stable=True)
         ids = self.ids[target[order]]
         states = [self.written(window[n], batch.user[row[n]], self.ids[target[n]]) for n in order.split(self.config.chunk)]
-        states, asked = torch.cat(states) if states else self.tokens.weight[:0, None].expand(0, ids.shape[1], -1), ids != 0
-        if self.config.among == "tokens": return Prediction(states[asked], ids[asked], self.tokens.weight)
-        among = children(self.trie, ids)
-        asked = asked & ((among != 0).sum(2) > 1)                       # what must follow teaches nothing
-        return Prediction(states[asked], ids[asked], self.tokens.weight, among=among[asked])
+        states = torch.cat(states) if states else self.tokens.weight[:0, None].expand(0, ids.shape[1], -1)
+        asked, choices = taught(self.trie, ids, self.config.among)
+        return Prediction(states[asked], ids[asked], self.tokens.weight, among=None if choices is None else choices[asked])
 
     def written(self, items, user, ids):
         "States (n,Q,D) that the tokens of `ids` (n,Q) are written from."
@@ -113,10 +110,7 @@ class TIGER(nn.Module):
 def search(self: TIGER, batch, width):
     "The `width` most likely items of each row (B,k) and their log-probabilities."
     self.ready(batch)
-    found = [self._search(n, batch, width) for n in (batch.item_seq != 0).sum(1).argsort(stable=True).split(self.config.chunk)]
-    rows, items, scores = (torch.cat(x) for x in zip(*found))
-    back = rows.argsort()
-    return items[back], scores[back]
+    return in_row_order([self._search(n, batch, width) for n in (batch.item_seq != 0).sum(1).argsort(stable=True).split(self.config.chunk)])
 
 @patch
 def _search(self: TIGER, rows, batch, width):
@@ -136,5 +130,4 @@ def score(self: TIGER, batch, width=0):
 @patch
 def recommend(self: TIGER, batch, k):
     "The k items with the highest scores (B,k), best first, and the scores."
-    out = batch.exclude
-    return top_items(self.score(batch, max(50, k + (0 if out is None else out.shape[1]))), k, out)
+    return recommended(self.score, batch, k)
