@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'QUIET', 'ALLOWED', 'TOKEN', 'ORACLES', 'LEAST_CASES', 'MOST
            'standing', 'run_table', 'read_literature', 'literature_block', 'read_metric', 'ranks_of', 'case_values',
            'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions', 'seed_lines', 'tests_table', 'verdict_block',
            'pairs_table', 'slices_of', 'slice_frame', 'load_data', 'path_masks', 'data_masks', 'both_ranks',
-           'largest_changes', 'rank_table', 'user_card', 'reevaluate']
+           'largest_changes', 'rank_table', 'user_card', 'same_cases', 'judged_as', 'trained', 'reevaluate', 'ensemble']
 
 # %% ../nbs/25_compare.ipynb #cell-3
 import copy
@@ -75,13 +75,16 @@ class Entry:
     cards: list | None = None       # None: no doctor looked
     again: dict = field(default_factory=dict, repr=False)       # {protocol: Ranks} of one that was judged again
 
+    members: tuple = ()             # ids of the runs that it stands for together
+
     @property
-    def id(self): return self.run.id
+    def id(self): return " + ".join(self.members) or self.run.id
     @property
     def seed(self): return (self.result or {}).get("seed", self.config.get("seed"))
     @property
     def label(self):
         "A short name: model, seed and the end of the run id."
+        if self.members: return f"{len(self.members)} runs together"
         end = self.id.rpartition("-")[2]
         if re.fullmatch(r"[0-9a-f]{6}", end): return f"{str(self.config.get('model', 'run'))[:14]} s{self.seed} {end}"
         return self.id if len(self.id) < 28 else self.id[:12] + "…" + self.id[-14:]
@@ -556,25 +559,69 @@ def user_card(a, b, user, protocol=None, sequences=None, last=20):
     return stack([line(text, "pre") for text in lines], box=True)
 
 # %% ../nbs/25_compare.ipynb #cell-49
-def reevaluate(entry, like, protocol=None, say=lambda text: None):
-    "Entry of a run judged again as Entry `like` was (by `protocol`, default its first), on the same data. CompareError where data or split differ: no evaluation mends that."
-    from mbnb import datasets
-    from mbnb.evaluators import metrics
-    from mbnb.config import PARAMETERS
-    from mbnb.experiment import NOT_SAVED, baseline_table, build_items, build_model, build_plans, configure, intervals, rank_model, rank_rules
-    from mbnb.runs import read_checkpoint
+def same_cases(entry, like):
+    "CompareError where two Entries differ in data or split: no evaluation mends that."
     for key in ("dataset", "data_hash", "split_hash"):
         if entry.config.get(key) != like.config.get(key): raise CompareError(f"{entry.id} and {like.id} differ in {key} ({entry.config.get(key)} and {like.config.get(key)}): judging again does not help, train on the same data and split")
+
+def judged_as(entry, like, protocol):
+    "-> (RunConfig of Entry `entry` under the evaluation of `like`, Sequences, the one Plan); CompareError where its fingerprint is no longer that of `like`."
+    from mbnb import datasets
+    from mbnb.config import PARAMETERS
+    from mbnb.experiment import NOT_SAVED, build_plans, configure
     ours, theirs = (configure(**{k: e.config[k] for k in PARAMETERS if k in e.config and k not in NOT_SAVED}) for e in (entry, like))
-    protocol = protocol or next(iter(like.result["fingerprints"]))
     config = replace(ours, eval=replace(theirs.eval, protocol=type(theirs.eval.protocol)([protocol])))
     sequences = datasets.load(config.parameters["dataset"], **config.data)
-    plans, (model, _), weights = build_plans(config, sequences, "test"), build_model(config, sequences, build_items(config, sequences)), read_checkpoint(entry.run.path, "best").weights
-    if plans[0].fingerprint != like.result["fingerprints"][protocol]: raise CompareError(f"{entry.id} judged by {protocol!r} would get fingerprint {plans[0].fingerprint}, {like.id} has {like.result['fingerprints'][protocol]}: the evaluator has changed since; judge both again")
+    (plan,) = build_plans(config, sequences, "test")
+    if plan.fingerprint != like.result["fingerprints"][protocol]: raise CompareError(f"{entry.id} judged by {protocol!r} would get fingerprint {plan.fingerprint}, {like.id} has {like.result['fingerprints'][protocol]}: the evaluator has changed since; judge both again")
+    return config, sequences, plan
+
+def trained(entry, config, sequences):
+    "The model of a run with its best weights, in evaluation mode."
+    from mbnb.experiment import build_items, build_model
+    from mbnb.runs import read_checkpoint
+    (model, _), weights = build_model(config, sequences, build_items(config, sequences)), read_checkpoint(entry.run.path, "best").weights
     part = "best." if any(k.startswith("best.") for k in weights) else "last."
     model.load_state_dict({k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)})
-    say(f"ranking {len(sequences.test):,} cases of {entry.id} by {protocol} ({plans[0].fingerprint})")
-    found = rank_model(config, sequences, model, "test", plans)[plans[0].name]
-    result = copy.deepcopy(entry.result) | {"fingerprint": plans[0].fingerprint, "fingerprints": {protocol: plans[0].fingerprint}, "test": metrics.table(found, suffix=plans[0].name), "n_cases": len(sequences.test),
-                                            "ci": intervals(found, sequences.test.user, plans[0].name, config), "slices": {}, "baselines": baseline_table(rank_rules(sequences, "test", plans))}
-    return replace(entry, result=result, again={protocol: found})
+    return model.eval()
+
+def _again(entry, sequences, plan, protocol, found, config, **more):
+    "The Entry with the Ranks `found` in place of its own, and what follows from them."
+    from mbnb.evaluators import metrics
+    from mbnb.experiment import baseline_table, intervals, rank_rules
+    result = copy.deepcopy(entry.result) | {"fingerprint": plan.fingerprint, "fingerprints": {protocol: plan.fingerprint}, "test": metrics.table(found, suffix=plan.name), "n_cases": len(sequences.test),
+                                            "ci": intervals(found, sequences.test.user, plan.name, config), "slices": {}, "baselines": baseline_table(rank_rules(sequences, "test", [plan]))}
+    return replace(entry, result=result | more, again={protocol: found})
+
+def reevaluate(entry, like, protocol=None, say=lambda text: None):
+    "Entry of a run judged again as Entry `like` was (by `protocol`, default its first), on the same data. CompareError where data or split differ."
+    from mbnb.experiment import rank_model
+    same_cases(entry, like)
+    protocol = protocol or next(iter(like.result["fingerprints"]))
+    config, sequences, plan = judged_as(entry, like, protocol)
+    say(f"ranking {len(sequences.test):,} cases of {entry.id} by {protocol} ({plan.fingerprint})")
+    found = rank_model(config, sequences, trained(entry, config, sequences), "test", [plan])[plan.name]
+    return _again(entry, sequences, plan, protocol, found, config)
+
+# %% ../nbs/25_compare.ipynb #cell-51
+def ensemble(entries, protocol=None, say=lambda text: None):
+    """Entry that stands for several runs of the same cases: ranks by the mean of their probabilities. Its id names them, its other figures are the first one's, parameters and seconds are sums. CompareError where data, split or
+    history length differ, or where a run finds its items by a search and has no score for the others."""
+    from mbnb.experiment import judged_part, score_of, searches
+    from mbnb.evaluators import ranks
+    first = entries[0]
+    if len(entries) < 2: raise CompareError(f"an ensemble of {len(entries)} run: expected two or more")
+    for e in entries[1:]: same_cases(e, first)
+    protocol, scores = protocol or next(iter(first.result["fingerprints"])), []
+    for e in entries:
+        config, sequences, plan = judged_as(e, first, protocol)
+        model = trained(e, config, sequences)
+        if searches(model): raise CompareError(f"{e.id} finds its items by a search: what it does not find has no probability to take a mean of")
+        if scores and model.config.max_len != max_len: raise CompareError(f"{e.id} reads histories of {model.config.max_len} events, {first.id} of {max_len}: expected the same")
+        max_len = model.config.max_len
+        scores.append(score_of(model, judged_part(config, model)))
+    say(f"ranking {len(sequences.test):,} cases of {len(entries)} runs together by {protocol} ({plan.fingerprint})")
+    mean = lambda batch: {None: sum(score(batch).float().softmax(1) for score in scores).log()}
+    found = ranks.rank_parts(mean, sequences, sequences.test, [plan], batch_size=config.fit.eval_batch_size, max_len=max_len, name="ensemble")[None][plan.name]
+    seconds = {k: sum(e.result["seconds"][k] for e in entries) for k in first.result["seconds"]}
+    return replace(_again(first, sequences, plan, protocol, found, config, params=sum(e.result["params"] for e in entries), seconds=seconds), members=tuple(e.id for e in entries))

@@ -736,7 +736,8 @@ def meaning(saved):
     "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
     resolved = saved.get("resolved", {})
     fit_config, evaluation = (json.loads(json.dumps(asdict(cls()))) | resolved.get(k, {}) for k, cls in (("fit", FitConfig), ("eval", EvalConfig)))
-    return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": fit_config | {"threads": 0}, "eval": evaluation}}
+    loss = json.loads(json.dumps(asdict(loss_class(saved["loss"])()))) | resolved.get("loss", {}) if saved.get("loss") else {}
+    return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"loss": loss, "fit": fit_config | {"threads": 0}, "eval": evaluation}}
 
 def find_run(config):
     "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."

@@ -84,16 +84,18 @@ class Cloze:
     done: torch.Tensor          # the behavior that was done, hidden or not; not for models that must guess it
 
 def cloze(batch, max_len, mask_id, p=0., most=40):
-    """The newest `max_len` events of a Batch and the target's slot as a Cloze. With `p` each event is hidden with that probability, and the newest
+    """The newest `max_len` events of a Batch and the target's slot as a Cloze. With `p` each event is hidden with that probability, a pair being the bounds between which each row draws its own, and the newest
     `most` hidden slots are labels; without, only the target is hidden and nothing is a label."""
     item, behavior, time = (x[:, -max_len:] for x in (batch.item_seq, batch.behavior_seq, batch.time_seq))
     first = torch.ones_like(item, dtype=torch.bool)
     first[:, 1:] = (item[:, 1:] != item[:, :-1]) | (time[:, 1:] != time[:, :-1])       # of an event group
     hidden = torch.zeros_like(first)
-    if p: hidden = (torch.rand(item.shape, device=item.device) < p).gather(1, first.cumsum(1) - 1) & (item != 0)
+    asks = bool(p)
+    if isinstance(p, tuple): p = p[0] + (p[1] - p[0]) * torch.rand(len(item), 1, device=item.device)
+    if asks: hidden = (torch.rand(item.shape, device=item.device) < p).gather(1, first.cumsum(1) - 1) & (item != 0)
     one = torch.ones_like(item[:, :1])
     join = lambda a, last: torch.cat([a, one * last], 1)
-    label = join(item * (hidden & first), batch.target[:, None] if p else 0)
+    label = join(item * (hidden & first), batch.target[:, None] if asks else 0)
     label = label * ((label > 0).flip(1).cumsum(1).flip(1) <= most)
     return Cloze(join(item.masked_fill(hidden, mask_id), mask_id), join(behavior.masked_fill(hidden, 0), 0), join(item, 1) != 0, join(hidden.long(), 1) != 0, label,
                  join(behavior, batch.target_behavior[:, None]))

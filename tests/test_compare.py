@@ -645,6 +645,25 @@ def test_a_run_can_be_judged_again_like_another(toy):
         compare.reevaluate(a, compare.replace(b, config=b.config | {"data_hash": "x"}))
 
 
+def test_runs_together_are_the_mean_of_their_probabilities(toy, tmp_path):
+    from mbnb.experiment import configure, run_experiment
+
+    a, b = (compare.read_entry(toy / name) for name in ("whole", "sampled"))
+    twin = compare.ensemble([a, a])
+    assert twin.result["test"] == pytest.approx(a.result["test"]) and twin.result["params"] == 2 * a.result["params"], "a run and itself are itself"
+    both = compare.ensemble([a, b])
+    assert both.members == ("whole", "sampled") and both.result["test"] == pytest.approx(a.result["test"]), "same seed, same weights"
+    short = dict(model="sasrec", dataset="toyshop-tiny", epochs=1, runs_dir=str(tmp_path), seed=1, set="model.d_model=16 eval.bootstrap=20 fit.threads=1")
+    run_experiment(configure(**short, run_name="seed1"), say=lambda text: None)
+    run_experiment(configure(**short, run_name="short", max_len=10), say=lambda text: None)
+    other, shorter = (compare.read_entry(tmp_path / name) for name in ("seed1", "short"))
+    with pytest.raises(CompareError, match="histories of 10 events"):
+        compare.ensemble([a, shorter])
+    mixed = compare.ensemble([a, other])
+    verdict = compare.judge(mixed, other).verdict
+    assert verdict.n == a.result["n_cases"] and mixed.result["test"] != pytest.approx(other.result["test"])
+
+
 def test_the_button_judges_runs_of_other_sheets_again(toy, tmp_path):
     shutil.copytree(toy, tmp_path / "runs")
     made(tmp_path / "runs", "other", dataset="other")

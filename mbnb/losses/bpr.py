@@ -26,6 +26,7 @@ class BPR:
     sampler: str = "uniform"    # or popularity, in_batch
     shared: bool = False        # one draw for all rows of a batch
     exclude: bool = True        # no negative that the Prediction excludes: the user's own items
+    hard: int = 1               # draws for each negative, of which the ones that score highest stay
     counts = None               # of labels, by `prepare`
     def __post_init__(self): settle(self)
     def prepare(self, sequences):

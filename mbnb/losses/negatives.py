@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'ROOM', 'LossError', 'tickets', 'label_counts_of', 'label_counts', 'Negatives', 'draw', 'scores', 'log_q',
-           'chances', 'settle', 'learn', 'sampled', 'at_zero']
+           'chances', 'settle', 'learn', 'hardest', 'sampled', 'at_zero']
 
 # %% ../../nbs/losses/01b_negatives.ipynb #cell-2
 from dataclasses import dataclass
@@ -186,6 +186,7 @@ def chances(loss, prediction, negatives):
 def settle(loss):
     "Raises LossError where the fields of a loss are out of range."
     if loss.n_neg < 1: raise LossError(f"loss.n_neg={loss.n_neg}: expected at least one negative")
+    if getattr(loss, "hard", 1) < 1: raise LossError(f"loss.hard={loss.hard}: expected 1 (every negative as it was drawn) or more draws for each of them")
     if loss.sampler not in SAMPLERS: raise LossError(f"loss.sampler={loss.sampler!r}: expected one of {', '.join(SAMPLERS)}")
 
 def learn(loss, counts):
@@ -194,12 +195,19 @@ def learn(loss, counts):
     object.__setattr__(loss, "counts", counts)
     return loss
 
+def hardest(prediction, negatives, k):
+    "The `k` of the Negatives that score highest, for each row its own."
+    with torch.no_grad(): at = scores(prediction, negatives)[1].topk(k, 1).indices
+    return Negatives(negatives.ids.expand(len(at), -1).gather(1, at), negatives.ok.expand(len(at), -1).gather(1, at))
+
 def sampled(loss, prediction, rng):
     "Draws by the fields of `loss` -> (logits of the targets (N,), of the negatives (N,k), Negatives). Raises LossError for a mixture."
     if prediction.copy is not None:
         raise LossError(f"{type(loss).__name__} compares with a few items, but a repeat head needs the softmax over all of them: "
                         "train it with loss 'ce', or set model.head='softmax'")
-    made = draw(prediction, rng, loss.n_neg, loss.sampler, loss.shared, loss.exclude, loss.counts)
+    more = getattr(loss, "hard", 1)
+    made = draw(prediction, rng, loss.n_neg * more, loss.sampler, loss.shared, loss.exclude, loss.counts)
+    if more > 1: made = hardest(prediction, made, loss.n_neg)
     return *scores(prediction, made), made
 
 # %% ../../nbs/losses/01b_negatives.ipynb #cell-36

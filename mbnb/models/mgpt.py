@@ -34,12 +34,14 @@ class Config:
     n_queries: tuple = (10, 4)      # queries of each gate; Tmall (10, 2)
     power: int = 4                  # norm that pools the queries
     mask_prob: float = .2
+    mask_prob_high: float = 0.      # above mask_prob: each row draws its own share between the two
     max_masked: int = 40            # labels a row may have, the newest
     dropout: float = .5
     graph_dropout: float = .2
     levels: str = "max"             # "max": the best level scores; "attention": levels are averaged by learned weights
     form: str = "published"         # "published" or "general"
     head: str = "softmax"           # "repeat": a pointer into the history beside it (general form)
+    behavior_head: bool = False     # guess the hidden behaviors as well: an extra term `behavior`, to be weighed
     init_std: float = .02
 
     @classmethod
@@ -194,6 +196,7 @@ def _check(c):
     for name, valid in (("form", ("general", "published")), ("levels", ("max", "attention"))):
         if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(valid)}")
     if len(c.scales) != len(c.n_queries): raise ValueError(f"scales={c.scales} and n_queries={c.n_queries}: expected one number of queries a scale")
+    if c.mask_prob_high and not c.mask_prob <= c.mask_prob_high <= 1: raise ValueError(f"mask_prob_high={c.mask_prob_high}: expected 0 (one share for all rows) or a share from mask_prob={c.mask_prob} to 1")
     losses_of(("ce",), c.head)
     if c.form == "published" and c.head == "repeat": raise ValueError("head='repeat' needs form='general'; preset retail has it")
     if c.form == "published" and any((c.max_len + 1) % s for s in c.scales):
@@ -226,6 +229,8 @@ class MGPT(nn.Module):
         self.graph = InteractionGraph(c.d_model, c.item_levels, c.graph_dropout)
         self.blocks = nn.ModuleList([MixerBlock(c) for _ in range(c.n_layers)])
         if c.levels == "attention": self.level_map, self.level_query = nn.Parameter(torch.empty(c.d_model, c.d_model)), nn.Parameter(torch.empty(1, c.d_model))
+        self.rows_per_target = c.item_levels if c.levels == "max" else 1            # of a Prediction
+        if c.behavior_head: self.guess = nn.Linear(c.d_model, c.n_behaviors + 1)
         self.reset()
         if c.head == "repeat": self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), (*self.inputs, "time_seq")     # it has a start of its own
 
@@ -281,19 +286,21 @@ def memory(self: MGPT, batch, slots):
 @patch
 def forward(self: MGPT, batch):
     "Batch -> Prediction with a row for every masked slot and level; the levels of a slot share one pointer."
-    slots = self.slots(batch, self.config.mask_prob)
+    c = self.config
+    slots = self.slots(batch, (c.mask_prob, c.mask_prob_high) if c.mask_prob_high else c.mask_prob)
     most = int((slots.label > 0).sum(1).max())
     at = (slots.label == 0).long().argsort(dim=1, stable=True)[:, :most]               # the asked columns first
     x, edges = self.encode(slots, at)
     label = slots.label.gather(1, at)
     asked = label > 0
-    states, copy = self.pooled(x[:, asked]), None
+    states, copy, aux = self.pooled(x[:, asked]), None, {"edges": edges}
+    if c.behavior_head: aux["behavior"] = F.cross_entropy(self.guess(states.mean(0)), slots.done.gather(1, at)[asked])
     if self.config.head == "repeat":
         behavior = slots.done.gather(1, at)[asked] * self.given
         copy = self.repeat(states.mean(0), asked.nonzero()[:, 0], at[asked], self.memory(batch, slots), behavior, targets=label[asked]).repeat(len(states), 1)
-    return Prediction(states.flatten(0, 1), label[asked].repeat(len(states)), self.items.weight[:-1], aux={"edges": edges}, copy=copy)
+    return Prediction(states.flatten(0, 1), label[asked].repeat(len(states)), self.items.weight[:-1], aux=aux, copy=copy)
 
-# %% ../../nbs/models/02_mgpt.ipynb #cell-63
+# %% ../../nbs/models/02_mgpt.ipynb #cell-65
 @patch
 def score(self: MGPT, batch):
     "Batch -> (B,V) float32, the best level of every item; the pad column is -inf."
