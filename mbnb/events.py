@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAULT', 'PLACE', 'MOST_BAD', 'NAMED', 'BAD_ROWS', 'REMEDY', 'SEPS', 'BOMS', 'UNIT_SEP', 'TYPED', 'MOST_LINES',
-           'QUOTED', 'CHUNK', 'OURS', 'TAKEN', 'LIKELY', 'TIME_FAULT', 'FLOOR', 'S_TO_MS', 'MS_TO_US', 'DAY', 'WORDS',
-           'UNITS', 'GEAR_LOG', 'LIST_COLUMNS', 'MbnbError', 'DataError', 'Events', 'ListRows', 'read_events',
-           'from_frame', 'canonical', 'read_lists', 'read_user_lists']
+           'QUOTED', 'CHUNK', 'ROWS', 'SILENT', 'OURS', 'TAKEN', 'LIKELY', 'TIME_FAULT', 'FLOOR', 'S_TO_MS', 'MS_TO_US',
+           'DAY', 'WORDS', 'UNITS', 'GEAR_LOG', 'LIST_COLUMNS', 'MbnbError', 'DataError', 'Events', 'ListRows',
+           'read_events', 'from_frame', 'canonical', 'read_lists', 'read_user_lists']
 
 # %% ../nbs/00_events.ipynb #cell-2
 import codecs
@@ -16,6 +16,7 @@ import io
 import mmap
 import os
 import re
+import sys
 import time
 from array import array
 from dataclasses import dataclass, field
@@ -307,7 +308,8 @@ def _again(t, raw):
 def _walk(t):
     "The careful way over the whole file -> (bytes of the good rows, their numbers int64 (n,), faults, number of rows)."
     good, kept, faults, n = io.BytesIO(), array("q"), [], 0
-    for row, _, byte, raw in _rows(t):
+    sized = ((len(found[-1]), found) for found in _rows(t))
+    for row, _, byte, raw in _told(sized, len(t.data) - t.start, t.path.name, "looking at each row"):
         n += 1
         problem = _row_fault(t, raw, byte)
         if problem: faults.append((row, "", None, problem))
@@ -366,37 +368,80 @@ def _look_at_bytes(t):
     seen.good = not decode.getstate()[0] and (seen.quotes or seen.phase == (len(t.names) - 1 if open_end else 0))
     return seen
 
-# %% ../nbs/00_events.ipynb #cell-42
-def _parse(t, source, skip=0):
-    "A lazy frame of all columns, c0, c1, ..., as strings exactly as written; `source` is a path or bytes."
+# %% ../nbs/00_events.ipynb #cell-43
+ROWS = 1_000_000      # rows that are looked at together, at most
+SILENT = 3.           # seconds before the first word, and between two
+
+def _told(parts, whole, source, doing):
+    "Pass on (size, part), and say every few seconds which share of `whole` is done."
+    done, last = 0, time.monotonic()
+    for size, part in parts:
+        yield part
+        done += size
+        if time.monotonic() - last >= SILENT and done < whole:
+            print(f"{source}: {doing}, {done / whole:.0%} done", file=sys.stderr, flush=True)
+            last = time.monotonic()
+
+def _slices(frame):
+    "A frame in parts of at most ROWS rows, cut where it lies in pieces already: nothing is copied."
+    at = 0
+    if not len(frame): yield frame
+    for length in frame[frame.columns[0]].chunk_lengths():
+        for start in range(0, length, ROWS): yield frame.slice(at + start, min(ROWS, length - start))
+        at += length
+
+def _parts(data, start=0):
+    "(length, bytes) of `data` from `start` on, some CHUNK bytes each, cut at line ends."
+    while start < len(data):
+        stop = data.find(b"\n", start + CHUNK) + 1 if start + CHUNK < len(data) else 0
+        stop = stop or len(data)
+        yield stop - start, data[start:stop]
+        start = stop
+
+# %% ../nbs/00_events.ipynb #cell-45
+def _parse(t, part):
+    "A lazy frame of all columns, c0, c1, ..., as strings exactly as written, of some whole lines."
     keys = {f"c{k}": pl.String for k in range(len(t.names))}
-    return pl.scan_csv(source, has_header=False, skip_lines=skip, separator=t.sep, quote_char=t.quote or None, schema=keys,
-                       empty_string_is_null=False, glob=False)
+    return pl.scan_csv(part, has_header=False, separator=t.sep, quote_char=t.quote or None, schema=keys, empty_string_is_null=False, glob=False)
 
 def _pick(t, chosen):
     "Expressions that take the columns `chosen`, {our name: file column}, from a parsed frame."
     return [pl.col(f"c{t.names.index(name)}").alias(ours) for ours, name in chosen.items()]
 
 def _fast(t, chosen):
-    "The fast way -> frame, or None if anything is doubtful."
+    "The fast way -> frame with `row`, or None if anything is doubtful."
     seen = _look_at_bytes(t)
     if not seen.good: return None
-    rows = _parse(t, t.data if t.converted else t.path, skip=t.line - 1)
-    try: frame = rows.collect() if seen.quotes else rows.select(_pick(t, chosen)).collect()   # only a whole row shows that it is too long
-    except pl.exceptions.PolarsError: return None
-    if len(frame) != seen.lines or (seen.quotes and (frame[frame.columns[-1]] == "").any()): return None
-    return frame.select(_pick(t, chosen)) if seen.quotes else frame
+    frames, n, parts = [], 0, _told(_parts(t.data, t.start), len(t.data) - t.start, t.path.name, "reading")
+    for part in parts:
+        frame = _quoted(t, part, chosen) if seen.quotes else _collect(_parse(t, part).select(_pick(t, chosen)))
+        if frame is None: return None
+        frames.append(frame.with_columns(row=pl.int_range(n, n + len(frame), dtype=pl.Int64)))
+        n += len(frame)
+    return pl.concat(frames, rechunk=False) if n == seen.lines else None
 
-# %% ../nbs/00_events.ipynb #cell-43
+def _collect(rows):
+    try: return rows.collect()
+    except pl.exceptions.PolarsError: return None
+
+def _quoted(t, part, chosen):
+    "The fast way over some lines with quotes: only a whole row shows that it is too long, and no row may reach into the next part."
+    frame, lines = _collect(_parse(t, part)), part.count(b"\n") + (part[-1:] != b"\n")
+    last = part[part.rfind(b"\n", 0, -1) + 1:]
+    if frame is None or len(frame) != lines or (frame[frame.columns[-1]] == "").any() or _open_quote(t, last): return None
+    return frame.select(_pick(t, chosen))
+
+# %% ../nbs/00_events.ipynb #cell-46
 def _read_rows(t, chosen):
     "Columns `chosen` of a text file under our names, and `row` -> (frame of the rows that are rows, faults of the others, number of rows)."
     frame = _fast(t, chosen)
-    if frame is not None: return frame.with_columns(row=pl.int_range(len(frame), dtype=pl.Int64)), [], len(frame)
+    if frame is not None: return frame, [], len(frame)
     good, kept, faults, n = _walk(t)
-    frame = _parse(t, good.getvalue()).select(_pick(t, chosen)).collect() if len(kept) else pl.DataFrame(schema=dict.fromkeys(chosen, pl.String))
+    frames = [_parse(t, part).select(_pick(t, chosen)).collect() for _, part in _parts(good.getvalue())]
+    frame = pl.concat([pl.DataFrame(schema=dict.fromkeys(chosen, pl.String)), *frames], rechunk=False)
     return frame.with_columns(row=pl.Series(kept, dtype=pl.Int64)), [faults], n
 
-# %% ../nbs/00_events.ipynb #cell-46
+# %% ../nbs/00_events.ipynb #cell-49
 OURS = ("user", "item", "behavior", "timestamp")
 TAKEN = {"user": ("user", "user_id"), "item": ("item", "item_id"), "behavior": ("behavior", "behavior_type"), "timestamp": ("timestamp", "time")}
 LIKELY = {"user": ("userid", "uid", "visitorid", "customerid", "reviewerid", "session", "sessionid", "member"),
@@ -419,7 +464,7 @@ def _sep_hint(found, sep):
     other = next((s for s in (",", "\t", ";", "|", "::", " ") if s != sep and s in found[0]), None)
     return f" The header is a single field; it looks separated by {other!r}: pass sep={other!r}." if other else ""
 
-# %% ../nbs/00_events.ipynb #cell-48
+# %% ../nbs/00_events.ipynb #cell-51
 def _no_column(missing, found, source, sep):
     "The DataError for columns that are not there: what was found, what is needed, and a mapping that may be meant."
     guess = {o: _guess(o, found) for o in missing}
@@ -438,7 +483,7 @@ def _check_columns(columns, found, source):
         raise DataError(f"{source}: no column {name!r} (columns says it is the {ours}); found: {', '.join(map(_short, found[:20]))}"
                         + (f"; nearest: {near[0]!r}" if near else "") + "." + _sep_hint(found, ","))
 
-# %% ../nbs/00_events.ipynb #cell-49
+# %% ../nbs/00_events.ipynb #cell-52
 def _map_columns(found, columns, behavior, source, sep=None):
     """{our name: file column} of a file with the columns `found`; timestamp may be left out. Raises DataError for a missing or doubtful column."""
     columns = dict(columns or {})
@@ -459,7 +504,7 @@ def _no_behavior(rest, found, source):
     way = f'columns={{"behavior": "{near}"}}' if near else 'columns={"behavior": "..."}'
     return DataError(f"{source}: no column for behavior; found: {', '.join(map(_short, found[:20]))}. If all rows are of one kind, say which, as in behavior=\"view\"; else name the column: {way}")
 
-# %% ../nbs/00_events.ipynb #cell-52
+# %% ../nbs/00_events.ipynb #cell-55
 def _id_text(frame, column, source):
     "A column as strings, exactly. Raises DataError for a type that has no exact text."
     kind = frame.schema[column]
@@ -474,10 +519,14 @@ def _id_text(frame, column, source):
 def _blank_ids(frame, columns):
     "Faults of blank ids: empty, white space only, or missing."
     blank = lambda c: pl.col(c).is_null() | (pl.col(c).str.strip_chars() == "")
-    any_blank = frame.select(pl.any_horizontal(blank(c).any() for c in columns)).item()
+    any_blank = _any(frame, pl.any_horizontal(blank(c) for c in columns))
     return [_fault_rows(frame, blank(c), c, "a blank id; expected a name") for c in columns] if any_blank else []
 
-# %% ../nbs/00_events.ipynb #cell-55
+def _any(frame, mask):
+    "Whether the expression `mask` holds in any row."
+    return any(part.select(mask.any()).item() for part in _slices(frame))
+
+# %% ../nbs/00_events.ipynb #cell-58
 def _whole(frame):
     "Column timestamp of any numeric, text or date type -> (frame with it as Int64, null where impossible, and `found` as it was; faults)."
     kind, raw = frame.schema["timestamp"], pl.col("timestamp")
@@ -495,7 +544,7 @@ def _exact(number):
     "Floats that are whole and exact as Int64; null elsewhere."
     return pl.when(number.is_finite() & (number == number.floor()) & (number.abs() <= 2**53)).then(number).cast(pl.Int64, strict=False)
 
-# %% ../nbs/00_events.ipynb #cell-58
+# %% ../nbs/00_events.ipynb #cell-61
 FLOOR, S_TO_MS, MS_TO_US = 10**8, 10**11, 10**14
 DAY = 86_400
 WORDS = {"order": "a small number that is no date after 1973", "s": "seconds", "ms": "milliseconds", "us": "microseconds or finer"}
@@ -514,41 +563,44 @@ def _detect_unit(frame, source):
     if unit == "us": raise DataError(f"{source}: times such as {t.max()} are finer than milliseconds; expected s or ms since 1970. Divide them, for example by 1,000, and round down")
     return unit
 
-# %% ../nbs/00_events.ipynb #cell-59
-def _misfit(unit, given):
-    "Rows whose time has another size than `unit`; a unit that was said only rules out what cannot be it."
+# %% ../nbs/00_events.ipynb #cell-62
+def _misfit(unit, given, newest):
+    "Rows whose time has another size than `unit`; a unit that was said only rules out what cannot be it. `newest`: the latest time of all."
     t, size = pl.col("timestamp"), _magnitude(pl.col("timestamp"))
     if not given: return size != unit
     if unit == "order": return pl.lit(False)
     if unit == "s": return t >= S_TO_MS
-    return (t >= MS_TO_US) | ((size == "s") & (t.max() >= S_TO_MS))
+    return (t >= MS_TO_US) | ((size == "s") & pl.lit(newest >= S_TO_MS))
 
 def _time_faults(frame, unit, given):
     "Faults of times that cannot be right in this unit; `given`: the unit was said, not detected."
     t, latest = pl.col("timestamp"), {"s": 1, "ms": 1000, "order": None}[unit]
     others = "while the file was declared as" if given else "while most rows are"
     looks = pl.lit("looks like ") + _magnitude(t).replace_strict(WORDS) + f", {others} {WORDS[unit]}; expected one unit"
-    faults = [(t < 0, "negative; expected a time since 1970"), (_misfit(unit, given), looks)]
+    faults = [(t < 0, "negative; expected a time since 1970"), (_misfit(unit, given, frame["timestamp"].max()), looks)]
     if latest: faults.append((t > (int(time.time()) + DAY) * latest, "in the future by more than a day; expected a time that has been"))
-    return [_fault_rows(frame, mask, "timestamp", problem) for mask, problem in faults if frame.select(mask.any()).item()]
+    return [_fault_rows(frame, mask, "timestamp", problem) for mask, problem in faults if _any(frame, mask)]
 
 def _timed(frame, unit, source):
     "Column timestamp as Int64 -> (frame, unit, faults). Raises DataError for an unknown unit."
     if unit is not None and unit not in UNITS: raise DataError(f"unit={unit!r} is unknown; valid: {', '.join(map(repr, UNITS))} (s and ms count since 1970)")
-    frame, faults = _whole(frame)
+    parts = [_whole(part) for part in _slices(frame)]
+    frame, faults = pl.concat([part for part, _ in parts], rechunk=False), [fault for _, found in parts for fault in found]
     if frame["timestamp"].null_count() == len(frame): return frame, unit or "s", faults
     told = unit or _detect_unit(frame, source)
     return frame, told, faults + _time_faults(frame, told, unit is not None)
 
-# %% ../nbs/00_events.ipynb #cell-62
+# %% ../nbs/00_events.ipynb #cell-65
 def _duplicates(frame):
     "Row numbers (as in `row`) that repeat an earlier row exactly."
-    key = frame.select(OURS).hash_rows()
-    if key.n_unique() == len(frame): return pl.Series("row", [], dtype=pl.Int64)
-    twin = frame.filter(key.is_duplicated())          # equal hashes: few rows, now compared in full
+    key = pl.concat([part.select(OURS).hash_rows() for part in _slices(frame)])
+    ordered = np.array(key); ordered.sort()
+    again = pl.Series(np.unique(ordered[1:][ordered[1:] == ordered[:-1]]), dtype=pl.UInt64)
+    if not len(again): return pl.Series("row", [], dtype=pl.Int64)
+    twin = frame.filter(key.is_in(again.implode()))   # equal hashes: few rows, now compared in full
     return twin.filter(~twin.select(pl.struct(OURS).is_first_distinct()).to_series())["row"]
 
-# %% ../nbs/00_events.ipynb #cell-65
+# %% ../nbs/00_events.ipynb #cell-68
 def _make_events(frame, n, faults, source, locate, *, behavior, unit, on_bad_rows, bad_rows_to, duplicates):
     "Rows (columns under our names, and `row`) -> Events; the arguments of `read_events`, and what reading found so far."
     has_time, ids = "timestamp" in frame.columns, [c for c in ("user", "item", "behavior") if c in frame.columns]
@@ -569,11 +621,11 @@ def _make_events(frame, n, faults, source, locate, *, behavior, unit, on_bad_row
 def _without(frame, rows):
     return frame.filter(~pl.col("row").is_in(rows.implode())) if len(rows) else frame
 
-# %% ../nbs/00_events.ipynb #cell-66
+# %% ../nbs/00_events.ipynb #cell-69
 def _tally(names):
     "(name, count) pairs, the most frequent first; equal counts by name."
-    counted = names.value_counts()
-    return counted.sort("count", counted.columns[0], descending=[True, False]).rows()
+    counted = pl.concat([part.to_series().value_counts() for part in _slices(names.to_frame())]).group_by(names.name).agg(pl.col("count").sum())
+    return counted.sort("count", names.name, descending=[True, False]).rows()
 
 def _figures(frame):
     "Counts of a log that a person checks first."
@@ -582,7 +634,7 @@ def _figures(frame):
             "behaviors": dict(kinds) if len(kinds) <= 50 else f"{len(kinds):,} different ones",
             "first_time": frame["timestamp"].min(), "last_time": frame["timestamp"].max()}
 
-# %% ../nbs/00_events.ipynb #cell-68
+# %% ../nbs/00_events.ipynb #cell-71
 def read_events(path, *, columns=None, names=None, sep=None, quote=None, encoding="utf-8", on_bad_rows="error", bad_rows_to=None, unit=None,
                 behavior=None, duplicates="keep"):
     """A log of one event per row (csv, tsv, parquet, RecBole .inter, by suffix; any other text with `sep`) -> Events, in file order.
@@ -606,7 +658,7 @@ def _check_unquoted(frame, source):
     quoted = [c for c in head.columns if len(head) and (head[c].str.starts_with('"') & head[c].str.ends_with('"')).all()]
     if quoted: raise DataError(f"{source}: column {quoted[0]} is quoted in every row, such as {head[quoted[0]][0]}, and quotes are part of a value in this format; pass quote='\"' to take them off, or quote='' to keep them")
 
-# %% ../nbs/00_events.ipynb #cell-74
+# %% ../nbs/00_events.ipynb #cell-77
 def _read_parquet(path, columns, policy):
     path, _ = _file(path)
     try:
@@ -630,7 +682,7 @@ def _date_numbers(frame):
     exact = frame.select((us % 1000 == 0).all()).item()
     return frame.with_columns(timestamp=us // 1000 if exact else us / 1000)
 
-# %% ../nbs/00_events.ipynb #cell-75
+# %% ../nbs/00_events.ipynb #cell-78
 def from_frame(table, *, columns=None, on_bad_rows="error", bad_rows_to=None, unit=None, behavior=None, duplicates="keep", source="table"):
     "A pandas or polars table of one event per row -> Events; the arguments of `read_events`. Raises DataError."
     _check_policy(on_bad_rows, bad_rows_to, duplicates)
@@ -641,15 +693,15 @@ def from_frame(table, *, columns=None, on_bad_rows="error", bad_rows_to=None, un
     policy = dict(behavior=behavior, unit=unit, on_bad_rows=on_bad_rows, bad_rows_to=bad_rows_to, duplicates=duplicates)
     return _table_events(table, chosen, source, policy)
 
-# %% ../nbs/00_events.ipynb #cell-88
+# %% ../nbs/00_events.ipynb #cell-91
 def canonical(events):
     "user, item, behavior, timestamp sorted by user token, time and row of the file: a shuffled file without ties gives the same frame."
     return events.frame.sort("user", "timestamp", "row").select(OURS)
 
-# %% ../nbs/00_events.ipynb #cell-91
+# %% ../nbs/00_events.ipynb #cell-94
 GEAR_LOG = dict(names=["uid", "sid", "behavior", "time"], sep="\t", columns={"user": "uid", "item": "sid", "behavior": "behavior", "timestamp": "time"})
 
-# %% ../nbs/00_events.ipynb #cell-94
+# %% ../nbs/00_events.ipynb #cell-97
 LIST_COLUMNS = {"items": "item_id_list", "behaviors": "item_type_list", "target": "item_id"}
 
 def _list_faults(f):
@@ -669,7 +721,7 @@ def _name_behaviors(frame, behavior_names, source):
     if unknown: raise DataError(f"{source}: behavior {unknown[0]!r} has no name in behavior_names={behavior_names}; found: {', '.join(map(repr, sorted(found)))}")
     return frame.with_columns(pl.col("behaviors").list.eval(pl.element().replace_strict({str(k): v for k, v in behavior_names.items()}, return_dtype=pl.String)))
 
-# %% ../nbs/00_events.ipynb #cell-95
+# %% ../nbs/00_events.ipynb #cell-98
 def read_lists(path, *, target_behavior, behavior_names=None, columns=None, sep=None, encoding="utf-8", on_bad_rows="error", bad_rows_to=None):
     """A text file of ready-made rows (RecBole .inter with item_id_list, item_type_list, item_id) -> ListRows. `target_behavior` is the behavior that
     is asked for, after naming; `behavior_names` maps codes to names; `columns` maps items, behaviors, target to file columns. Raises DataError naming rows."""
@@ -691,7 +743,7 @@ def _list_figures(frame):
     items = pl.concat([frame["items"].explode(), frame["target"]]).n_unique()
     return {"lists": len(frame), "list_events": int(frame["items"].list.len().sum()), "items": items, "behaviors": dict(kinds)}
 
-# %% ../nbs/00_events.ipynb #cell-98
+# %% ../nbs/00_events.ipynb #cell-101
 def _split_line(raw, byte, seen):
     "(user, items, problem) of a line; `seen` are the users so far."
     if b"\0" in raw: return None, None, f"holds a NUL byte (byte {byte + raw.index(0)}), which no text has; the file is damaged, or not text"

@@ -44,7 +44,7 @@ class FitConfig:
     seed: int = 0
     checkpoint_every: int = 1       # epochs
     tokens: int = 0                 # padded slots a batch may hold at most; 0 = no limit
-    targets: int = 0                # labels after which training ends, in the middle of an epoch too; 0 = no such end
+    targets: int = 0                # labels after which training ends, in the middle of an epoch too, whatever the last stage's `epochs`; 0 = no such end
     truncate: float = 0.            # chance that a row of a training batch forgets a random number of its oldest events
     unseen: str = "trained"         # items that no training case holds: "trained" leaves their vectors to the loss, "drawn" draws them from those of the others
 
@@ -64,6 +64,7 @@ class Stage:
     patience: int = 5               # epochs without improvement; 0 = off
     monitor: str | None = None      # a part of the model that is judged in place of the whole, by NDCG@10 of the first protocol as ever
     schedule: str = "constant"
+    plateau: int = 0                # epochs without improvement after which the schedule of that name halves the rate, again and again; 0 = half of `patience`
     warmup: int = 0                 # steps of linear warm-up
     optimizer: str = "adam"         # or "adamw"
     weight_decay: float = 0.
@@ -203,7 +204,7 @@ def judge(state, value, error, stage, min_delta):
     delta = error / 2 if min_delta < 0 else min_delta
     if value > state.reference + (delta if state.reference > -math.inf else 0): state.reference, state.flat = value, 0
     else: state.flat += 1
-    if stage.schedule == "plateau" and state.flat and state.flat % max(1, stage.patience // 2) == 0: state.scale /= 2
+    if stage.schedule == "plateau" and state.flat and state.flat % (stage.plateau or max(1, stage.patience // 2)) == 0: state.scale /= 2
     return better
 
 def stop_reason(state, stage, error, min_delta):
@@ -458,9 +459,10 @@ def _evaluated(model, evaluate, state, stage, config, optimizer, extra, last_sta
     if untrained: state.reference, state.flat = -math.inf, 0            # patience counts from the first trained epoch
     if better: state.best_weights = _weights(model)
     if config.average: model.load_state_dict(last)
+    if config.targets and last_stage: stage = replace(stage, epochs=math.inf)
     reason = f"{state.labels:,} targets seen (fit.targets {config.targets:,})" if spent(config, state) else stop_reason(state, stage, found["error"], config.min_delta)
     state.optimizer = optimizer.state_dict()
-    record = {"kind": "epoch", "stage": stage.name, "epoch": state.epoch, "step": state.step, **found, "best": better, "best_epoch": state.best_epoch,
+    record = {"kind": "epoch", "stage": stage.name, "epoch": state.epoch, "step": state.step, "labels": state.labels, **found, "best": better, "best_epoch": state.best_epoch,
               "flat": state.flat, "eval_seconds": time.perf_counter() - start, **extra, **({"ends": reason} if reason else {})}
     if reason and (last_stage or spent(config, state)): state.done = True
     elif reason: _next_stage(state)

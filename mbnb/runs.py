@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'STATES', 'LIVE', 'BEAT', 'ACTIONS', 'STEP_COLUMNS', 'RANK_ARRAYS', 'FORMAT', 'MANIFEST_KEYS', 'ENV_ALLOWED',
-           'PACKAGES', 'RESULT_KEYS', 'RunError', 'check_run_id', 'run_path', 'new_run_id', 'entry_notebooks',
-           'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain', 'save_json', 'read_json',
-           'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal', 'parse_line', 'parse_lines',
-           'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing', 'derived_status', 'send_request', 'Run',
-           'load_run', 'read_steps', 'Tail', 'best_words', 'ranks_file', 'digest', 'read_manifest', 'list_checkpoints',
-           'weight_bytes', 'tensor_bytes', 'parse_state', 'read_verified', 'versions', 'free_stem', 'need_room',
-           'Checkpoint', 'read_checkpoint', 'rng_state', 'restore_rng', 'missing_parts', 'flat', 'differences',
-           'refuse_differences', 'git_commit', 'cpu_model', 'environment', 'run_row', 'list_runs']
+           'PACKAGES', 'RESULT_KEYS', 'RunError', 'StorageError', 'check_run_id', 'run_path', 'new_run_id',
+           'entry_notebooks', 'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain',
+           'save_json', 'read_json', 'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal',
+           'parse_line', 'parse_lines', 'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing',
+           'derived_status', 'send_request', 'Run', 'load_run', 'read_steps', 'Tail', 'best_words', 'ranks_file',
+           'digest', 'read_manifest', 'list_checkpoints', 'weight_bytes', 'tensor_bytes', 'parse_state',
+           'read_verified', 'versions', 'free_stem', 'need_room', 'Checkpoint', 'read_checkpoint', 'rng_state',
+           'restore_rng', 'missing_parts', 'flat', 'differences', 'filled', 'numbered', 'refuse_differences',
+           'git_commit', 'cpu_model', 'environment', 'run_row', 'list_runs']
 
 # %% ../nbs/11_runs.ipynb #cell-3
 import errno
@@ -39,6 +40,9 @@ from .events import MbnbError
 # %% ../nbs/11_runs.ipynb #cell-6
 class RunError(MbnbError):
     "A run folder that cannot be written, read, locked or resumed; the message names the folder or file and what to do."
+
+class StorageError(RunError):
+    "The disk does not take what is to be written: full, read-only, too small a limit."
 
 # %% ../nbs/11_runs.ipynb #cell-8
 def check_run_id(text):
@@ -73,14 +77,16 @@ def entry_notebooks():
 # %% ../nbs/11_runs.ipynb #cell-18
 @contextmanager
 def storage_errors(path):
-    "Turn the OSError and RuntimeError of a failed write into a RunError that names the path and what to do."
+    "Turn the OSError and RuntimeError of a failed write into a StorageError that names the path and what to do."
     try: yield
     except (OSError, RuntimeError) as e:
         todo = {errno.ENOSPC: "the disk is full: free some space; what was saved before is intact",
+                errno.EDQUOT: "your share of the disk is used up: free some space; what was saved before is intact",
+                errno.EFBIG: "the file is larger than this process may write: raise the limit (ulimit -f); what was saved before is intact",
                 errno.EROFS: "the folder is read-only: choose another runs_dir",
                 errno.EACCES: "the folder is read-only for this user: change its permissions or choose another runs_dir",
                }.get(getattr(e, "errno", None), "what was saved before is intact")
-        raise RunError(f"{path}: cannot be written ({type(e).__name__}: {e}); {todo}") from e
+        raise StorageError(f"{path}: cannot be written ({type(e).__name__}: {e}); {todo}") from e
 
 # %% ../nbs/11_runs.ipynb #cell-19
 class Hashed:
@@ -223,9 +229,9 @@ class Lock:
 class Journal:
     "The records of a run, one JSON object a line. `append`, `flush`, `fsync`, `size`, `cut`, `finish`."
     def __init__(self, path):
-        self.path, self.torn, self._flushed = Path(path), 0, 0.
+        self.path, self.torn, self._flushed, self._left = Path(path), 0, 0., bytearray()
         with storage_errors(self.path):
-            self.file = open(self.path, "a+b")
+            self.file = open(self.path, "a+b", buffering=0)
             self.torn = self._tail()
             self.file.truncate(self.file.seek(0, os.SEEK_END) - self.torn)
 
@@ -245,13 +251,13 @@ class Journal:
             raise RunError(f"{self.path.name}: a record is a dict with a `kind`, got {str(record)[:80]!r}")
         if self.file.closed: raise RunError(f"{self.path}: this run folder is closed; `RunFolder.reopen` opens it again")
         line = json.dumps({"time": round(time.time(), 3), **record}, default=plain)
-        with storage_errors(self.path):
-            self.file.write(line.encode() + b"\n")
-            if record["kind"] != "step" or time.monotonic() - self._flushed >= .5: self.flush()
+        self._left += line.encode() + b"\n"
+        if record["kind"] != "step" or time.monotonic() - self._flushed >= .5: self.flush()
 
     def flush(self):
         "Hand everything to the system: readers see it, a killed process does not lose it."
-        self.file.flush()
+        with storage_errors(self.path):
+            while self._left: del self._left[:self.file.write(self._left)]
         self._flushed = time.monotonic()
 
 # %% ../nbs/11_runs.ipynb #cell-40
@@ -265,7 +271,7 @@ def fsync(self: Journal):
 @patch
 def size(self: Journal):
     "Length of the file in bytes, everything appended so far included: what a checkpoint remembers."
-    with storage_errors(self.path): self.flush()
+    self.flush()
     return self.file.seek(0, os.SEEK_END)
 
 @patch
@@ -727,7 +733,7 @@ def free_stem(name, manifests):
 def need_room(folder, size):
     "RunError unless twice `size` bytes are free: the checkpoints there stay until the new one is proven."
     free = shutil.disk_usage(folder).free
-    if free < 2 * size: raise RunError(f"{folder}: {free / 1e6:.3g} MB free, a checkpoint of {size / 1e6:.3g} MB wants twice its size; "
+    if free < 2 * size: raise StorageError(f"{folder}: {free / 1e6:.3g} MB free, a checkpoint of {size / 1e6:.3g} MB wants twice its size; "
                                        "free some space; the checkpoints that are there are intact")
 
 # %% ../nbs/11_runs.ipynb #cell-90
@@ -872,15 +878,26 @@ def differences(config_a, config_b):
     shown = {key: (json.dumps(a[key]) if key in a else "(absent)", json.dumps(b[key]) if key in b else "(absent)") for key in [*a, *(b.keys() - a)]}
     return pd.DataFrame([(key, *pair) for key, pair in shown.items() if pair[0] != pair[1]], columns=["key", "a", "b"])
 
-def refuse_differences(saved, now, what="config", may_differ=()):
-    "RunError with a table of differences when the run was started with other settings; `may_differ`: keys, or starts of keys."
-    table = differences(saved, now)
+def filled(saved, defaults):
+    "A saved config with the settings that are younger than it, as `defaults` has them: nested as it is, and one dict for all entries of a list."
+    if isinstance(saved, list | tuple): return [filled(part, defaults) for part in saved]
+    if not isinstance(saved, dict) or not isinstance(defaults, dict): return saved
+    return {key: filled(saved[key], defaults.get(key)) if key in saved else defaults[key] for key in [*saved, *(k for k in defaults if k not in saved)]}
+
+def numbered(value):
+    "Nested dicts in which a list of dicts is a dict by position, so that a difference is told by its own key."
+    if isinstance(value, list | tuple) and value and all(isinstance(part, dict) for part in value): value = {str(k): part for k, part in enumerate(value)}
+    return {key: numbered(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+def refuse_differences(saved, now, what="config", may_differ=(), defaults=None):
+    "RunError with a table of differences when the run was started with other settings; `may_differ`: keys, or starts of keys; `defaults`: what settings were before they existed."
+    table = differences(numbered(filled(saved, defaults)), numbered(now))
     table = table[[not any(key == m or key.startswith(f"{m}.") for m in may_differ) for key in table.key]]
     if table.empty: return
     rows = table.rename(columns={"a": "saved", "b": "now"}).to_string(index=False)
     raise RunError(f"this run was started with another {what}; resume it with the same one, or start a new run:\n{rows}")
 
-# %% ../nbs/11_runs.ipynb #cell-112
+# %% ../nbs/11_runs.ipynb #cell-113
 ENV_ALLOWED = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONHASHSEED", "WORLD_SIZE")
 PACKAGES = ("mbnb", "torch", "numpy", "scipy", "pandas", "polars", "pyarrow", "safetensors", "lightning-fabric", "papermill", "nbdev")
 
@@ -901,7 +918,7 @@ def cpu_model():
     names = re.findall(r"^model name\s*: (.*)$", path.read_text(), re.M) if path.exists() else []
     return names[0] if names else platform.processor()
 
-# %% ../nbs/11_runs.ipynb #cell-113
+# %% ../nbs/11_runs.ipynb #cell-114
 def environment():
     "What a repeat of this run needs to know about the machine: versions, threads, processor, commit, allowed variables."
     from importlib.metadata import PackageNotFoundError, version
@@ -927,7 +944,7 @@ def write_result(self: RunFolder, result):
     if missing: raise RunError(f"result.json of {self.path.name}: no {', '.join(missing)}")
     return self.write_json("result.json", result)
 
-# %% ../nbs/11_runs.ipynb #cell-116
+# %% ../nbs/11_runs.ipynb #cell-117
 def run_row(path):
     "One row of `list_runs`; what a run has not written yet is missing."
     run = load_run(path)

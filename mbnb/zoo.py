@@ -26,8 +26,14 @@ MODELS = {
     "mmq": "mbnb.models.mmq:MMQ",
     "tiger": "mbnb.models.tiger:TIGER",
     "lightgcn": "mbnb.models.lightgcn:LightGCN",
+    "mule": "mbnb.models.mule:MULE",
+    "sigma_mule": "mbnb.models.sigma_mule:SigmaMuLe",
     "gram": "mbnb.models.gram:GRAM",
     "gram_c": "mbnb.models.gram_c:GRAMC",
+    "mamba4rec": "mbnb.models.mamba4rec:Mamba4Rec",
+    "sigma": "mbnb.models.sigma:SIGMA",
+    "mbr_mamba": "mbnb.models.mbr_mamba:MBRMamba",
+    "pbat": "mbnb.models.pbat:PBAT",
 }
 LOSSES = {
     "ce": "mbnb.losses.ce:CE",

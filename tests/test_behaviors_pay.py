@@ -13,18 +13,23 @@ from mbnb.evaluators import metrics, protocols, ranks, stats
 from mbnb.fit import FitConfig, FitState, Stage, fit, seed_everything
 from mbnb.losses.ce import CE
 from mbnb.models.mbht import MBHT
+from mbnb.models.mbr_mamba import MBRMamba
 from mbnb.models.mgpt import MGPT
+from mbnb.models.pbat import PBAT
 
 CLOZE = [
     pytest.param(MBHT, {"dropout": 0.1}, {"lr": 1e-2, "epochs": 20}, id="mbht"),
     pytest.param(MGPT, {"dropout": 0.1}, {"lr": 5e-3, "epochs": 20, "loss_weights": {"main": 2.0, "edges": 6.4e-4}}, id="mgpt"),
+    pytest.param(MBRMamba, {"dropout": 0.1}, {"lr": 3e-3, "epochs": 20}, id="mbr_mamba"),
+    pytest.param(PBAT, {"dropout": 0.1, "d_model": 32, "prefix_prob": 0.5}, {"lr": 1e-2, "epochs": 20, "schedule": "linear"}, id="pbat"),
 ]
 
 
 def trained(cls, sequences, changes, stage):
     "A small model of the class, trained through one stage."
     rng, clock = seed_everything(0), count()                   # the last epoch counts as the best
-    model = cls(cls.Config.small(sequences.n_items, sequences.n_behaviors, **changes))
+    users = {"n_users": len(sequences.users)} if "n_users" in cls.Config.__dataclass_fields__ else {}
+    model = cls(cls.Config.small(sequences.n_items, sequences.n_behaviors, **users, **changes))
     unseen = lambda model: {"value": float(next(clock)), "error": 0., "metrics": {}}
     for _ in fit(model, {None: CE()}, sequences, [Stage(patience=0, **stage)], FitConfig(), unseen, FitState(rng)): pass
     return model

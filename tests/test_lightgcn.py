@@ -13,7 +13,8 @@ from mbnb.experiment import configure, preflight, prepare, run_experiment, save_
 from mbnb.doctor.data import pairs_of
 from mbnb.fit import FitConfig, FitState, Stage, fit, seed_everything
 from mbnb.losses.bpr import BPR
-from mbnb.models.lightgcn import LightGCN, Propagate, as_tensors, cosine_gap, normalized, train_edges
+from mbnb.graph import Propagate, as_tensors, normalized, train_edges
+from mbnb.models.lightgcn import LightGCN, cosine_gap
 from mbnb.runs import RunError, load_run, read_checkpoint
 from mbnb.sequences import Cases, collate
 

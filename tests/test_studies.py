@@ -27,6 +27,41 @@ def test_a_study_has_parameters_outputs_and_run_ids(name):
     assert "-s0-" in shown, "no run id stands beside the numbers"
 
 
+def break_me(fault, tmp_path):
+    "The page of faults by papermill -> (exit code, what it wrote on stderr, its shown markdown)."
+    page, out = STUDIES / "break_me.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(page), str(out), "--cwd", str(tmp_path), "--no-progress-bar", "-p", "fault", fault]
+    done = subprocess.run([*command, "-p", "runs_dir", str(tmp_path / "runs")], capture_output=True, text=True)
+    outputs = [o for c in json.loads(out.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    return done.returncode, done.stderr, ["".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", {})]
+
+
+def test_break_me_shows_the_message_and_what_is_left(tmp_path):
+    code, err, shown = break_me("truncated, nan_loss, short_rows", tmp_path)
+    assert code == 0, err[-3000:]
+    cut, nan, short = shown
+    assert "bytes, " in cut and "using fit-0002 instead" in cut and "equal those of the undisturbed run, bit by bit" in cut
+    assert "the loss is nan on cases" in nan and "bit by bit" in nan
+    assert "line 9 (row 7, byte" in short and "short row: 3 fields, expected 4" in short and "bad_rows.csv holds line 9" in short
+    assert not any("Traceback" in text or str(tmp_path) in text for text in shown)
+    states = {run.name.rsplit("-", 1)[-1]: json.loads((run / "status.json").read_text())["state"] for run in (tmp_path / "runs").iterdir()}
+    assert {states[k] for k in ("truncated", "nan_loss", "short_rows")} == {"done"}
+
+
+@pytest.mark.slow
+def test_break_me_survives_every_fault(tmp_path):
+    code, err, shown = break_me("all", tmp_path)
+    assert code == 0, err[-3000:]
+    assert len(shown) >= 33 and len({text.split()[1] for text in shown}) == len(shown)
+    assert sum("bit by bit" in text for text in shown) >= 12 and not any("Traceback" in text for text in shown)
+
+
+@pytest.mark.slow
+def test_break_me_knows_its_faults(tmp_path):
+    code, err, _ = break_me("kiled", tmp_path)
+    assert code and "unknown fault 'kiled'; nearest: 'killed'" in err
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -72,7 +72,7 @@ class GRAMC(nn.Module):
     train_len = 10_000              # a batch of training rows is not cut: every beginning counts
     PRESETS = {
         "published": {"loss": "ce", "fit": {"batch_size": 32, "tokens": 128, "clip": 1., "eval_batch_size": 64}, "stages": [{"epochs": 30, "patience": 0, "lr": {"adapter": 1e-2, "*": 1e-3}, "schedule": "linear", "warmup": 1500, "optimizer": "adamw", "weight_decay": .01, "beta2": .999}]},
-        "small": {"loss": "ce", "fit": {"batch_size": 32, "tokens": 128, "clip": 1., "eval_batch_size": 64}, "stages": [{"epochs": 30, "patience": 0, "lr": {"adapter": 1e-2, "*": 1e-3}, "schedule": "linear", "warmup": 150, "optimizer": "adamw", "weight_decay": .01, "beta2": .999}]},
+        "small": {"loss": "ce", "advised": False, "fit": {"batch_size": 32, "tokens": 128, "clip": 1., "eval_batch_size": 64}, "stages": [{"epochs": 30, "patience": 0, "lr": {"adapter": 1e-2, "*": 1e-3}, "schedule": "linear", "warmup": 150, "optimizer": "adamw", "weight_decay": .01, "beta2": .999}]},
     }
     def __init__(self, config):
         super().__init__()

@@ -51,7 +51,7 @@ class TIGER(nn.Module):
     train_len = 10_000              # a batch of training rows is not cut: every beginning counts
     PRESETS = {
         "published": {"loss": "ce", "fit": {"batch_size": 32, "tokens": 256}, "stages": [{"epochs": 400, "patience": 40, "lr": .01, "schedule": "inverse_root", "warmup": 10_000, "optimizer": "adamw"}]},
-        "small": {"loss": "ce", "fit": {"batch_size": 32, "tokens": 192, "eval_batch_size": 64, "clip": 1.}, "stages": [{"epochs": 20, "patience": 0, "lr": 3e-3, "schedule": "cosine", "warmup": 200, "optimizer": "adamw", "weight_decay": .01, "beta2": .999}]},
+        "small": {"loss": "ce", "advised": False, "fit": {"batch_size": 32, "tokens": 192, "eval_batch_size": 64, "clip": 1.}, "stages": [{"epochs": 20, "patience": 0, "lr": 3e-3, "schedule": "cosine", "warmup": 200, "optimizer": "adamw", "weight_decay": .01, "beta2": .999}]},
     }
 
     def __init__(self, config):
