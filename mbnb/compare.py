@@ -612,12 +612,12 @@ def ensemble(entries, protocol=None, say=lambda text: None):
     first = entries[0]
     if len(entries) < 2: raise CompareError(f"an ensemble of {len(entries)} run: expected two or more")
     for e in entries[1:]: same_cases(e, first)
-    protocol, scores = protocol or next(iter(first.result["fingerprints"])), []
+    protocol, scores, max_len = protocol or next(iter(first.result["fingerprints"])), [], None
     for e in entries:
         config, sequences, plan = judged_as(e, first, protocol)
         model = trained(e, config, sequences)
         if searches(model): raise CompareError(f"{e.id} finds its items by a search: what it does not find has no probability to take a mean of")
-        if scores and model.config.max_len != max_len: raise CompareError(f"{e.id} reads histories of {model.config.max_len} events, {first.id} of {max_len}: expected the same")
+        if max_len not in (None, model.config.max_len): raise CompareError(f"{e.id} reads histories of {model.config.max_len} events, {first.id} of {max_len}: expected the same")
         max_len = model.config.max_len
         scores.append(score_of(model, judged_part(config, model)))
     say(f"ranking {len(sequences.test):,} cases of {len(entries)} runs together by {protocol} ({plan.fingerprint})")

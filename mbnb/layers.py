@@ -219,7 +219,7 @@ def scan_doubling(delta, A, u, B, C):
 # %% ../nbs/02_layers.ipynb #cell-41
 def scan_kernel(delta, A, u, B, C):
     "The same by the CUDA kernel of the package mamba-ssm."
-    try: from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    try: selective_scan_fn = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     except ImportError as e: raise ImportError("scan='mamba_ssm': the package mamba-ssm cannot be imported; install it on a machine with CUDA, or take scan='auto'") from e
     if not delta.is_cuda: raise ValueError(f"scan='mamba_ssm': the tensors lie on {delta.device.type!r}, expected 'cuda'; take scan='auto'")
     last = lambda x: x.transpose(1, 2).contiguous()
