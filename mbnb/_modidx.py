@@ -2410,6 +2410,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbnb.repeat.RepeatHead.prepare': ('repeat.html#repeathead.prepare', 'mbnb/repeat.py'),
                              'mbnb.repeat.RepeatHead.reset': ('repeat.html#repeathead.reset', 'mbnb/repeat.py'),
                              'mbnb.repeat.RepeatHead.score': ('repeat.html#repeathead.score', 'mbnb/repeat.py'),
+                             'mbnb.repeat.RepeatHead.tell': ('repeat.html#repeathead.tell', 'mbnb/repeat.py'),
                              'mbnb.repeat.candidates': ('repeat.html#candidates', 'mbnb/repeat.py'),
                              'mbnb.repeat.fixed_features': ('repeat.html#fixed_features', 'mbnb/repeat.py'),
                              'mbnb.repeat.kinds': ('repeat.html#kinds', 'mbnb/repeat.py'),

@@ -825,7 +825,7 @@ def against_rules(run, rules=None, metric="NDCG", k=10):
     plans, tests = build_plans(config, sequences, "test"), {}
     ranked = baselines.rank_baselines(sequences, sequences.test, plans, rules)
     for p in plans:
-        own = ranks.Ranks(**run.ranks("test", p.protocol if p.name else ""))
+        own = ranks.Ranks(**run.ranks("test", "" if p is plans[0] else p.protocol))
         a, others = metrics.per_case(own, metric, k), {rule: found[p.name] for rule, found in ranked.items() if isinstance(found[p.name], ranks.Ranks)}
         tests[p.protocol] = {rule: stats.compare(a, metrics.per_case(r, metric, k), own.user) for rule, r in others.items()}
     return tests

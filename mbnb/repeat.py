@@ -124,8 +124,8 @@ class Gate(nn.Module):
 # %% ../nbs/06_repeat.ipynb #cell-30
 class RepeatHead(nn.Module):
     """Mixture of a pointer into the history and a catalog softmax. d_model D: width of states and slot vectors; n_behaviors C;
-    hidden: width of the pointer's layers; d_key: width of the match of state and slot; dropout: on the vectors that the pointer reads."""
-    def __init__(self, d_model, n_behaviors, hidden=16, d_key=16, dropout=.5):
+    hidden: width of the pointer's layers; d_key: width of the match of state and slot; dropout: on the vectors that the pointer reads; told: is it said which behavior is asked for?"""
+    def __init__(self, d_model, n_behaviors, hidden=16, d_key=16, dropout=.5, told=True):
         super().__init__()
         C, self.n_behaviors, self.drop = n_behaviors, n_behaviors, nn.Dropout(dropout)
         self.fixed, self.slot = nn.Linear(3 * C + 2, hidden), nn.Linear(d_model, hidden, bias=False)
@@ -135,6 +135,15 @@ class RepeatHead(nn.Module):
         self.ask, self.key = nn.Linear(d_model, d_key, bias=False), nn.Linear(d_model, d_key, bias=False)
         self.gate = Gate(d_model, C, hidden)
         self.reset()
+        self.tell(told)
+
+    def tell(self, told):
+        "Have a vector for each behavior that is asked for, or none: where nobody says it, a table would only lie idle."
+        if told == (self.asked is not None): return
+        self.asked = nn.Embedding(self.n_behaviors + 1, self.fixed.out_features, padding_idx=0) if told else None
+        if told:
+            nn.init.normal_(self.asked.weight, std=.02)
+            with torch.no_grad(): self.asked.weight[0] = 0
 
     def reset(self):
         "A neutral start."
@@ -163,7 +172,8 @@ def logits(self: RepeatHead, states, row, column, memory, asked):
         query, slot = candidates(m.history.known, m.record.next, row, column)
         x = moving_features(m, query, slot, row, column)
     flat = row[query] * m.history.item.shape[1] + slot
-    want = self.state(states).float() + self.asked(asked) * (asked > 0)[:, None]
+    want = self.state(states).float()
+    if self.asked is not None: want = want + self.asked(asked) * (asked > 0)[:, None]
     h = F.gelu(m.hidden.index_select(0, flat) + self.moving(x) + want.index_select(0, query))
     h = h + F.gelu(self.mid(h))
     match = (self.ask(states).float().index_select(0, query) * m.key.index_select(0, flat)).sum(1)

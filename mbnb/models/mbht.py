@@ -224,7 +224,7 @@ class MBHT(nn.Module):
         if c.hypergraph: self.fuse, self.query = nn.Linear(c.d_model, c.d_model, bias=False), nn.Parameter(torch.empty(1, c.d_model))
         self.reset()
         if c.head == "repeat":                          # after the reset: the head has a start of its own
-            self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), (*self.inputs, "time_seq")
+            self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors, told=False), (*self.inputs, "time_seq")
 
     def reset(self):
         "Normal weights of `init_std`, zero biases (but those of the hypergraph's layers), and a pad row of zeros."
@@ -273,6 +273,9 @@ def states(self: MBHT, slots, at):
 def prepare(self: MBHT, sequences, items=None):
     "Where a data set asks for certain behaviors, that is part of the question."
     self.given = bool(sequences.target_behaviors)
+    if self.config.head != "repeat": return
+    self.repeat.tell(self.given)
+    self.inputs = (*MBHT.inputs, "time_seq", *["target_behavior"] * self.given)
 
 @patch
 def memory(self: MBHT, batch, slots):

@@ -232,7 +232,7 @@ class MGPT(nn.Module):
         self.rows_per_target = c.item_levels if c.levels == "max" else 1            # of a Prediction
         if c.behavior_head: self.guess = nn.Linear(c.d_model, c.n_behaviors + 1)
         self.reset()
-        if c.head == "repeat": self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), (*self.inputs, "time_seq")     # it has a start of its own
+        if c.head == "repeat": self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors, told=False), (*self.inputs, "time_seq")     # it has a start of its own
 
     def reset(self):
         "Normal weights of `init_std`, zero biases (the graph's is normal too), and pad rows of zeros."
@@ -275,6 +275,9 @@ def pooled(self: MGPT, x):
 def prepare(self: MGPT, sequences, items=None):
     "Where a data set asks for certain behaviors, that is part of the question."
     self.given = bool(sequences.target_behaviors)
+    if self.config.head != "repeat": return
+    self.repeat.tell(self.given)
+    self.inputs = (*MGPT.inputs, "time_seq", *["target_behavior"] * self.given)
 
 @patch
 def memory(self: MGPT, batch, slots):

@@ -67,7 +67,7 @@ class SASRec(nn.Module):
         losses_of(self.losses, c.head)                  # an unknown head is an error
         self.reset()
         if c.head == "repeat":                          # after the reset: the head has a start of its own
-            self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors), ("item_seq", "behavior_seq", "time_seq")
+            self.repeat, self.inputs = RepeatHead(c.d_model, c.n_behaviors, told=False), ("item_seq", "behavior_seq", "time_seq")
 
     def reset(self):
         "Normal weights of `init_std`, zero biases, and a pad row of zeros."

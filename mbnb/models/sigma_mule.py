@@ -111,7 +111,10 @@ def prepare(self: SigmaMuLe, sequences, items=None):
     "Build the graphs of the training cases of `sequences`."
     if sequences is None: return
     self.unseen_share, self.train_len = self.grains.prepare(sequences), int(sequences.train.length.max())
-    if self.config.query == "auto": self.sequence.ask(bool(sequences.target_behaviors))
+    if self.config.query != "auto": return
+    asks = bool(sequences.target_behaviors)
+    self.sequence.ask(asks)
+    self.inputs = ("item_seq", "behavior_seq", *["target_behavior"] * asks)
 
 @patch
 def on_epoch(self: SigmaMuLe, stage, epoch):

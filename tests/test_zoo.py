@@ -1,0 +1,18 @@
+"Every model of the zoo as a user starts it, up to the first step: the doctor must have no reason to stop it."
+import pytest
+
+from mbnb.experiment import configure, look_before
+from mbnb.zoo import MODELS
+
+SEARCH = "data.users=20"            # models that write their answer: ids and searches for a few users do
+HEADS = [(m, "model.head=repeat") for m in ("sasrec", "mgpt", "gear", "mbht")]
+PLAIN = [(m, SEARCH if m in ("tiger", "gram") else "") for m in MODELS if m != "gram_c"]         # gram_c wants a run of lightgcn
+
+
+@pytest.mark.parametrize("target", ["", "data.target=buy"], ids=["any", "buy"])
+@pytest.mark.parametrize("model, setting", PLAIN + HEADS)
+def test_nothing_stops_a_model_before_its_first_step(model, setting, target):
+    "Whether the data set asks for certain behaviors or for whatever comes next."
+    if setting == SEARCH and target: pytest.skip("asked once: neither reads the behavior")
+    cards = look_before(configure(model=model, dataset="toyshop-tiny", set=f"fit.threads=1 {setting} {target}"))
+    assert not [str(c) for c in cards if c.severity == "E"]
