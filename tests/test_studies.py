@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ SMALL = {
     "gear_taobao": {"seeds": "0", "gear_epochs": "2", "mbht_epochs": "1"},
     "losses": {"seeds": "0", "datasets": "ml-100k", "epochs": "2", "losses": "ce,gbce,bpr", "negatives": "4"},
     "ur4rec_ml100k": {"seeds": "0", "ablations": "0", "epochs": "2,1,1,1", "changes": "fixed weights"},
+    "fair_comparison": {"datasets": "toyshop,taobao-category", "models": "sasrec,mule,sigma_mule", "seeds": "0", "budget": "0.02", "stored": "table.csv"},
+    "advice": {"seeds": "0,1", "bases": "sasrec", "epochs": "1,1", "changes": "twice the dropout, the hardest of 10 negatives"},
     "bpr_beauty": {"seeds": "0", "epochs": "1,1,1", "whole": "1", "parts": "1,1,1", "changes": "temperature .2, bpr, no text"},
 }
 
@@ -24,7 +27,7 @@ def test_a_study_has_parameters_outputs_and_run_ids(name):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
     shown = json.dumps([c["outputs"] for c in cells])
     assert not [c["source"][:80] for c in cells if any(o["output_type"] == "error" for o in c["outputs"])]
-    assert "-s0-" in shown, "no run id stands beside the numbers"
+    assert re.search(r"-s0-|-t00\d", shown), "no run id stands beside the numbers"
 
 
 def break_me(fault, tmp_path):

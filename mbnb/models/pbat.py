@@ -233,7 +233,7 @@ class PBAT(nn.Module):
 def prepare(self: PBAT, sequences, items=None):
     "Take over from a data set who has trained, and whether it asks for certain behaviors."
     if self.config.query_behavior == "auto": self.given.fill_(bool(sequences.target_behaviors))
-    self.inputs = PBAT.inputs + ("target_behavior",) * bool(self.given)
+    self.inputs = ("item_seq", "behavior_seq", *["user"] * (self.config.users == "own"), *["target_behavior"] * bool(self.given))
     if sequences.target_behaviors: self.asked.copy_(torch.isin(torch.arange(len(self.asked)), torch.tensor(sequences.target_behaviors)))
     if self.config.users == "own": self.known.copy_(torch.from_numpy(np.isin(np.arange(len(self.known)), sequences.train.user)))
 
