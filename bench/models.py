@@ -4,7 +4,7 @@
     python bench/models.py [--models sasrec,mamba4rec] [--length 50 100 200 400] [--items 1000 10000 100000] [--users 2000 20000]
 
 The data are made up: users with `length` events to read and the next one to name, three behaviors, side tables where a model reads them (what they hold changes no time). Each model has its preset `small` but for width and
-length, its own loss, and of several stages the last; each cell runs alone in a process of its own. A target is a row of the Prediction: models that name all next items of a row get `length` of them for one pass, those that
+length, its own loss, and of several stages the last; each cell runs alone in a process of its own. A target is a label, however many rows of the Prediction it takes (M-GPT: one a level): models that name all next items of a row get `length` of them for one pass, those that
 name the last get one, and that is the point of the first figure. Seconds are the median of the steps after two that warm up (one, where a step takes a minute); CPU seconds are those of all threads. `model_mb` is what the peak of the process rose by, from
 before the model was made. Where several values of length, items or users are given all combinations run, and `exponents` tells by which power the seconds of a step grow along each. One JSON line a cell, and one with all;
 a table on stderr."""
@@ -105,7 +105,7 @@ def one_cell(name, a, length, items, users):
     took, begun = [], time.perf_counter()
     for batch in itertools.islice(endless, 2 + a.steps):
         wall, used = time.perf_counter(), time.process_time()
-        n = train_step(fabric, model, optimizer, [batch], loss, stage.loss_weights, rng)[1]
+        n = train_step(fabric, model, optimizer, [batch], loss, stage.loss_weights, rng)[1] / getattr(model, "rows_per_target", 1)
         took.append((time.perf_counter() - wall, time.process_time() - used, n))
         if len(took) > 1 and time.perf_counter() - begun > a.seconds:
             break
