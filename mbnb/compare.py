@@ -583,7 +583,7 @@ def trained(entry, config, sequences):
     (model, _), weights = build_model(config, sequences, build_items(config, sequences)), read_checkpoint(entry.run.path, "best").weights
     part = "best." if any(k.startswith("best.") for k in weights) else "last."
     model.load_state_dict({k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)})
-    return model.eval()
+    return model.train(False)
 
 def _again(entry, sequences, plan, protocol, found, config, **more):
     "The Entry with the Ranks `found` in place of its own, and what follows from them."

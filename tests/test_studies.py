@@ -15,7 +15,13 @@ SMALL = {
     "gear_taobao": {"seeds": "0", "gear_epochs": "2", "mbht_epochs": "1"},
     "losses": {"seeds": "0", "datasets": "ml-100k", "epochs": "2", "losses": "ce,gbce,bpr", "negatives": "4"},
     "ur4rec_ml100k": {"seeds": "0", "ablations": "0", "epochs": "2,1,1,1", "changes": "fixed weights"},
-    "fair_comparison": {"datasets": "toyshop,taobao-category", "models": "sasrec,mule,sigma_mule", "seeds": "0", "budget": "0.02", "stored": "table.csv"},
+    "fair_comparison": {
+        "datasets": "toyshop,taobao-category",
+        "models": "sasrec,mule,sigma_mule",
+        "seeds": "0",
+        "budget": "0.02",
+        "stored": "table.csv",
+    },
     "advice": {"seeds": "0,1", "bases": "sasrec", "epochs": "1,1", "changes": "twice the dropout, the hardest of 10 negatives"},
     "bpr_beauty": {"seeds": "0", "epochs": "1,1,1", "whole": "1", "parts": "1,1,1", "changes": "temperature .2, bpr, no text"},
 }
