@@ -7,7 +7,7 @@ __all__ = ['LOOKED_AT', 'ORACLE_USERS', 'LOOK', 'RESERVE', 'NOT_SAVED', 'ASKED',
            'build_losses', 'build_plans', 'rank_parts', 'searches', 'judged_part', 'rank_model', 'valid_loss',
            'make_evaluate', 'mean_and_error', 'inside', 'shown_cases', 'case_cards', 'peek', 'rank_rules',
            'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result', 'Control', 'clock_text', 'parts_text',
-           'epoch_line', 'rules_text', 'save_progress', 'keep_progress', 'defaults_of', 'before_they_existed',
+           'epoch_line', 'rules_text', 'save_progress', 'keep_progress', 'defaults_of', 'of_old', 'before_they_existed',
            'load_progress', 'RunStopped', 'Parts', 'start_from', 'same_ids', 'prepare', 'data_facts', 'run_folder_of',
            'saved_parameters', 'configure', 'some_cases', 'ask_twice', 'preflight', 'given_for_all', 'against_parent',
            'order_card', 'Findings', 'loud', 'examine', 'stop_on_errors', 'run_experiment', 'announce', 'result_lines',
@@ -40,7 +40,7 @@ from .devices import ALONE, align, join_team, launch
 from .events import MbnbError
 from .fit import PRECISION, Diverged, FitConfig, FitState, Stage, fit, score_of, seed_everything, start_fabric, unseen_items
 from .ids import IdTable
-from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, write_atomic
+from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, filled, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, write_atomic
 from .sequences import batches, check_ids, collate, top_items
 from .zoo import ConfigError, loss_class, model_class
 
@@ -312,10 +312,14 @@ def defaults_of(cls):
     "{field: default} of a dataclass; {} for anything else."
     return {f.name: f.default for f in fields(cls) if f.default is not MISSING} if is_dataclass(cls) else {}
 
+def of_old(loss):
+    "{part: settings} that runs had before the settings existed; `loss`: the class of the run's loss."
+    return {"loss": defaults_of(loss), "fit": asdict(FitConfig()), "eval": asdict(EvalConfig()), "stages": asdict(Stage())}
+
 def before_they_existed(model, loss, meta):
     "What settings were for a run that is older than them: their defaults, and for sizes of the data those of now (the hash of the data tells whether they are the same)."
     of_model = defaults_of(type(model.config)) | {k: v for k, v in meta["config"]["model"].items() if k in SIZES}
-    return {"config": {"model": of_model, "loss": defaults_of(type(loss)), "fit": asdict(FitConfig()), "eval": asdict(EvalConfig()), "stages": asdict(Stage())}}
+    return {"config": {"model": of_model} | of_old(type(loss))}
 
 def load_progress(run, parts):
     "-> FitState of the newest checkpoint that holds, its weights in the model of the Parts; None if the run never saved one. Notes go to `run.notes`."
@@ -778,11 +782,9 @@ def _in_processes(config, say):
 # %% ../nbs/21_experiment.ipynb #cell-45
 def meaning(saved):
     "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
-    resolved = saved.get("resolved", {})
-    fit_config, evaluation = (json.loads(json.dumps(asdict(cls()))) | resolved.get(k, {}) for k, cls in (("fit", FitConfig), ("eval", EvalConfig)))
-    loss = json.loads(json.dumps(asdict(loss_class(saved["loss"])()))) | resolved.get("loss", {}) if saved.get("loss") else {}
-    stages = [json.loads(json.dumps(asdict(Stage()))) | s for s in resolved.get("stages", ())]
-    return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"loss": loss, "stages": stages, "fit": fit_config | {"threads": 0}, "eval": evaluation}}
+    old = of_old(loss_class(saved["loss"]) if saved.get("loss") else None)
+    resolved = json.loads(json.dumps(filled(saved.get("resolved", {}), old)))
+    return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": resolved["fit"] | {"threads": 0}}}
 
 def find_run(config):
     "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."

@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'CONTRASTED', 'HEAT', 'PRECISION', 'TRIM_EVERY', 'UNSEEN', 'FitError', 'FitConfig', 'Stage', 'lr_factor',
            'score_of', 'turns', 'partition', 'make_optimizer', 'objective', 'contrast', 'seed_everything', 'FitState',
            'judge', 'stop_reason', 'start_fabric', 'Diverged', 'gradient_norm', 'first_bad', 'measure', 'backward',
-           'cases_of', 'overflow', 'train_step', 'out_of_memory', 'in_memory', 'release_memory', 'spent', 'fit',
-           'steps_per_epoch', 'unseen_items', 'draw_unseen', 'move_average']
+           'cases_of', 'overflow', 'train_step', 'out_of_memory', 'in_memory', 'release_memory', 'spent', 'check_fit',
+           'fit', 'steps_per_epoch', 'unseen_items', 'draw_unseen', 'move_average']
 
 # %% ../nbs/10_fit.ipynb #cell-2
 import ctypes
@@ -362,6 +362,11 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
         start, cpu = time.perf_counter(), time.process_time()
 
 # %% ../nbs/10_fit.ipynb #cell-40
+def check_fit(config, stages):
+    "FitError for settings that do not go together."
+    if config.targets and any(s.schedule in ("linear", "cosine") for s in stages): raise FitError("fit.targets ends training before its last epoch, and the schedules linear and cosine fall until that: use constant, plateau or inverse_root")
+    if not 0 <= config.truncate <= 1: raise FitError(f"fit.truncate={config.truncate}: expected a chance between 0 and 1")
+
 def _weights(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=None, team=ALONE):
@@ -373,10 +378,9 @@ def fit(model, losses, sequences, stages, config, evaluate, state=None, max_len=
     Each stage starts from the best weights of the one before and evaluates before its first step; at the end the model holds the best weights.
     team: the processes that do this together; all of them get the same records, and what `evaluate` gives in the first one counts."""
     fabric = team.fabric or start_fabric(config)
+    check_fit(config, stages)
     state = state or FitState(seed_everything(config.seed))
     max_len = max_len or getattr(model, "train_len", model.config.max_len)
-    if config.targets and any(s.schedule in ("linear", "cosine") for s in stages): raise FitError("fit.targets ends training before its last epoch, and the schedules linear and cosine fall until that: use constant, plateau or inverse_root")
-    if not 0 <= config.truncate <= 1: raise FitError(f"fit.truncate={config.truncate}: expected a chance between 0 and 1")
     team.kept.clear(); align(team, model)
     unseen = _unseen_of(model, sequences, config)
     def settled(model, *part):

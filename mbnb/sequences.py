@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal',
            'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'from_events',
-           'in_valid_family', 'from_lists', 'Batch', 'collate', 'batch_rows', 'batches', 'cut', 'forget', 'next_items',
-           'prefixes', 'Prediction', 'own_items', 'top_items']
+           'in_valid_family', 'from_lists', 'train_counts', 'Batch', 'collate', 'batch_rows', 'batches', 'cut',
+           'forget', 'next_items', 'prefixes', 'Prediction', 'own_items', 'at_labels', 'at_beginnings', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
@@ -407,6 +407,14 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
                              counts={"rows": len(n), "events": events, "items": len(items)}))
 
 # %% ../nbs/03_sequences.ipynb #cell-51
+def train_counts(sequences):
+    "int64 (V,): training events per item, targets included; 0 for the pad and for cold items."
+    s, c = sequences, sequences.train
+    edge = np.zeros(len(s.item) + 1, np.int64)
+    np.add.at(edge, c.start, 1); np.add.at(edge, c.stop, -1)
+    return (np.bincount(s.item, edge[:-1].cumsum(), len(s.items)) + np.bincount(c.target, minlength=len(s.items))).astype(np.int64)
+
+# %% ../nbs/03_sequences.ipynb #cell-54
 @dataclass(frozen=True)
 class Batch:
     "B cases as tensors, left-padded with 0 to a common length L; ids int64."
@@ -428,7 +436,7 @@ class Batch:
         move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}, extra={k: move(v) for k, v in self.extra.items()})
 
-# %% ../nbs/03_sequences.ipynb #cell-52
+# %% ../nbs/03_sequences.ipynb #cell-55
 def collate(s, cases, rows, max_len):
     "The cases `rows` of `cases` as one Batch; the newest `max_len` events of each stay."
     stop, start = cases.stop[rows], cases.start[rows]
@@ -451,7 +459,7 @@ def _label_mask(s, index, real):
     else: mask = np.append(s.first, True)[index + 1] & real
     return {"label_mask": torch.from_numpy(mask)}
 
-# %% ../nbs/03_sequences.ipynb #cell-53
+# %% ../nbs/03_sequences.ipynb #cell-56
 def batch_rows(length, size, tokens=None, rng=None, pool=64):
     """Rows (indices into `length` (N,)) batch by batch: at most `size` rows and, with `tokens`, at most that many slots of padded width.
     Rows of like length go together: within `pool` batches of a random order when `rng` (torch.Generator) is given, else over all rows."""
@@ -474,7 +482,7 @@ def batches(s, cases, size, max_len, *, rng=None, tokens=None, skip=0, every=1, 
         if part: rows = rows[part[0]::part[1]]
         yield collate(s, cases, rows, max_len) if len(rows) else None
 
-# %% ../nbs/03_sequences.ipynb #cell-55
+# %% ../nbs/03_sequences.ipynb #cell-58
 def cut(batch, pieces):
     "A Batch in at most `pieces` pieces of like size, rows in their order."
     n, parts = len(batch), min(pieces, len(batch))
@@ -483,7 +491,7 @@ def cut(batch, pieces):
     edges = [n * k // parts for k in range(parts + 1)]
     return [Batch(**{f.name: piece(getattr(batch, f.name), a, b) for f in fields(batch) if f.name != "extra"}, extra={k: piece(v, a, b) for k, v in batch.extra.items()}) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/03_sequences.ipynb #cell-58
+# %% ../nbs/03_sequences.ipynb #cell-61
 def forget(batch, share, rng):
     "A Batch in which each row has, with chance `share`, lost its oldest events: 1 .. n of its n are left, every number equally likely. rng: a torch.Generator."
     n, width = batch.length, batch.item_seq.shape[1]
@@ -492,14 +500,14 @@ def forget(batch, share, rng):
     lost = torch.arange(width, 0, -1) > left[:, None]
     return replace(batch, length=left, **{k: getattr(batch, k).masked_fill(lost, 0) for k in ("item_seq", "behavior_seq", "time_seq")})
 
-# %% ../nbs/03_sequences.ipynb #cell-61
+# %% ../nbs/03_sequences.ipynb #cell-64
 def next_items(batch):
     "int64 (B,L): the item that follows each column, 0 where there is no label."
     y = torch.cat([batch.item_seq[:, 1:], batch.target[:, None]], 1)
     y = y * (batch.item_seq != 0)
     return y * batch.extra["label_mask"] if "label_mask" in batch.extra else y
 
-# %% ../nbs/03_sequences.ipynb #cell-64
+# %% ../nbs/03_sequences.ipynb #cell-67
 def prefixes(batch, max_len):
     "Every labelled position as an example: row int64 (N,), the newest `max_len` items up to it (N,max_len), left-padded, and the item that follows (N,)."
     y = next_items(batch)
@@ -507,7 +515,7 @@ def prefixes(batch, max_len):
     windows = torch.nn.functional.pad(batch.item_seq, (max_len - 1, 0)).unfold(1, max_len, 1)
     return row, windows[row, at], y[row, at]
 
-# %% ../nbs/03_sequences.ipynb #cell-67
+# %% ../nbs/03_sequences.ipynb #cell-70
 @dataclass(frozen=True)
 class Prediction:
     "N training positions: the logit of row n and candidate v is `<states[n], table[v]> + bias[v]`."
@@ -520,12 +528,25 @@ class Prediction:
     copy: torch.Tensor | None = None             # (N,2) of a repeat head: log P(repeat, right item), log P(explore)
     among: torch.Tensor | None = None            # (N,C) rows of the table that can be right at all, 0 = none; None = every row
 
-# %% ../nbs/03_sequences.ipynb #cell-69
+# %% ../nbs/03_sequences.ipynb #cell-72
 def own_items(batch, row):
     "int64 (N,L+1): history and target of the rows `row` (N,) of a Batch, 0 = none; for `Prediction.exclude`."
     return torch.cat([batch.item_seq, batch.target[:, None]], 1)[row]
 
-# %% ../nbs/03_sequences.ipynb #cell-71
+# %% ../nbs/03_sequences.ipynb #cell-75
+def at_labels(h, batch, table, last=False):
+    "States h (B,T,D) of the newest T columns -> Prediction at every column that has a label, or with `last` at the newest alone."
+    y = next_items(batch)[:, -h.shape[1]:]
+    keep = y != 0
+    if last: keep[:, :-1] = False
+    return Prediction(h[keep], y[keep], table, exclude=own_items(batch, keep.nonzero(as_tuple=True)[0]))
+
+def at_beginnings(states, batch, table, max_len):
+    "The same with every beginning of a row read by itself: `states(item_seq (N,T)) -> (N,T,D)`, of which the newest column counts."
+    row, read, y = prefixes(batch, min(max_len, batch.item_seq.shape[1]))
+    return Prediction(states(read)[:, -1], y, table, exclude=own_items(batch, row))
+
+# %% ../nbs/03_sequences.ipynb #cell-77
 def top_items(scores, k, exclude=None):
     """The `k` best of scores (B,V) -> (ids (B,k) int64, scores (B,k) float32), best first; equal scores by smaller id. Ids of `exclude` (B,X) and
     the pad are never among them; where fewer than k remain, id 0 with -inf fills up."""

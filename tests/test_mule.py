@@ -14,13 +14,13 @@ from mbnb.evaluators import metrics, protocols, ranks, stats
 from mbnb.evaluators.baselines import rank_baselines
 from mbnb.experiment import build_plans, configure, rank_rules, run_experiment
 from mbnb.fit import FitConfig, FitState, Stage, fit, partition, seed_everything
-from mbnb.graph import Grains, Graph, split_edges, train_counts, train_edges, walk
+from mbnb.graph import Grains, Graph, split_edges, train_edges, walk
 from mbnb.losses.bpr import BPR
 from mbnb.losses.ce import CE
 from mbnb.models.mule import MULE
 from mbnb.models.sigma_mule import SigmaMuLe
 from mbnb.runs import load_run
-from mbnb.sequences import collate
+from mbnb.sequences import collate, train_counts
 
 BOTH = pytest.mark.parametrize("cls", (MULE, SigmaMuLe))
 

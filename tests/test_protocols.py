@@ -34,11 +34,10 @@ from mbnb.evaluators.protocols import (
     save_negatives,
     seen_items,
     slices,
-    train_counts,
     without_done,
 )
 from mbnb.evaluators.ranks import EvalError, masked_targets, rank_cases
-from mbnb.sequences import Cases, Sequences
+from mbnb.sequences import Cases, Sequences, train_counts
 
 
 def shop(n=200, n_items=60, seed=0, longest=15, target_behaviors=(2,)):

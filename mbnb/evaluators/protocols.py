@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'FORMS', 'SAMPLER', 'EVALUATOR', 'LEAST_CASES', 'Protocol', 'read_protocol', 'parse', 'seen_items',
-           'filtered_targets', 'train_events', 'train_counts', 'draw_negatives', 'candidate_ids', 'fixed_negatives',
-           'fingerprint', 'protocol_fields', 'differing', 'check_same', 'make_plan', 'sampling_advice',
-           'save_negatives', 'load_negatives', 'chance_row', 'repeat_mask', 'newest_behavior', 'slices', 'without_done',
-           'length_slices', 'popularity_decile', 'popularity_slices', 'by_slice', 'decode', 'least_first',
-           'least_share', 'estimated_rank']
+           'filtered_targets', 'train_events', 'draw_negatives', 'candidate_ids', 'fixed_negatives', 'fingerprint',
+           'protocol_fields', 'differing', 'check_same', 'make_plan', 'sampling_advice', 'save_negatives',
+           'load_negatives', 'chance_row', 'repeat_mask', 'newest_behavior', 'slices', 'without_done', 'length_slices',
+           'popularity_decile', 'popularity_slices', 'by_slice', 'decode', 'least_first', 'least_share',
+           'estimated_rank']
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-3
 import difflib
@@ -25,6 +25,7 @@ from scipy.stats import binom
 
 from .metrics import KS, chance, metric_name, table
 from .ranks import EvalError, Plan, in_history
+from ..sequences import train_counts
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-7
 FILTERS = ("none", "target_behavior", "all_seen")
@@ -129,10 +130,6 @@ def train_events(sequences):
     c, parts = sequences.train, [sequences.train.target]
     for rows in _blocks(c.length): parts.append(sequences.item[_expand(c.start[rows], c.stop[rows])[1]])
     return np.concatenate(parts).astype(np.int32)
-
-def train_counts(sequences):
-    "int64 (V,): training events per item; 0 for the pad and for cold items."
-    return np.bincount(train_events(sequences), minlength=len(sequences.items))
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-24
 _END = np.array([np.iinfo(np.int64).max])

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
-from ..sequences import Prediction, next_items, own_items, prefixes, top_items
+from ..sequences import at_beginnings, at_labels, top_items
 
 # %% ../../nbs/models/13_mamba4rec.ipynb #cell-6
 @dataclass(frozen=True)
@@ -72,13 +72,8 @@ def states(self: Mamba4Rec, item_seq):
 @patch
 def forward(self: Mamba4Rec, batch):
     "Batch -> Prediction over the positions trained on."
-    if self.config.positions == "prefixes":
-        row, read, y = prefixes(batch, min(self.config.max_len, batch.item_seq.shape[1]))
-        return Prediction(self.states(read)[:, -1], y, self.items.weight, exclude=own_items(batch, row))
-    h, y = self.states(batch.item_seq), next_items(batch)[:, -self.config.max_len:]
-    keep = y != 0
-    if self.config.positions == "last": keep[:, :-1] = False
-    return Prediction(h[keep], y[keep], self.items.weight, exclude=own_items(batch, keep.nonzero(as_tuple=True)[0]))
+    if self.config.positions == "prefixes": return at_beginnings(self.states, batch, self.items.weight, self.config.max_len)
+    return at_labels(self.states(batch.item_seq), batch, self.items.weight, self.config.positions == "last")
 
 @patch
 def score(self: Mamba4Rec, batch):

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
-from ..sequences import Prediction, next_items, own_items, top_items
+from ..sequences import at_labels, top_items
 
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-6
 @dataclass(frozen=True)
@@ -121,10 +121,8 @@ def asked(self: MBRMamba, batch):
 @patch
 def forward(self: MBRMamba, batch):
     "Batch -> Prediction over the positions trained on."
-    h, y = self.states(batch.item_seq, batch.behavior_seq, self.asked(batch)), next_items(batch)[:, -self.config.max_len:]
-    keep = y != 0
-    if self.config.positions == "last": keep[:, :-1] = False
-    return Prediction(h[keep], y[keep], self.items.weight, exclude=own_items(batch, keep.nonzero(as_tuple=True)[0]))
+    h = self.states(batch.item_seq, batch.behavior_seq, self.asked(batch))
+    return at_labels(h, batch, self.items.weight, self.config.positions == "last")
 
 @patch
 def score(self: MBRMamba, batch):

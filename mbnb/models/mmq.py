@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'FACTORS', 'ENCODERS', 'CHOICES', 'AUX', 'FREE', 'Config', 'ce_floor', 'standardized', 'principal',
            'FactorEncoder', 'modulus', 'unit', 'turned', 'ComplexMap', 'Unitary', 'StateAttention', 'StateEncoder',
-           'LinearEncoder', 'DensityEncoder', 'MMQ', 'train_counts', 'Codes', 'divergence', 'masked_mean', 'overlaps',
-           'apart', 'distance_correlation', 'orthogonality', 'shape_effects', 'dice', 'entropy']
+           'LinearEncoder', 'DensityEncoder', 'MMQ', 'Codes', 'divergence', 'masked_mean', 'overlaps', 'apart',
+           'distance_correlation', 'orthogonality', 'shape_effects', 'dice', 'entropy']
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-3
 import math
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..layers import Dropout, to_front
-from ..sequences import Prediction, collate, next_items, own_items, top_items
+from ..sequences import Prediction, collate, next_items, own_items, top_items, train_counts
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-6
 MODALITIES = ("text", "attributes", "image", "id")
@@ -302,20 +302,12 @@ def reset(self: MMQ):
                                 f"the right item at cosine 1 and all others at 0; with temperature=.07 it can reach {ce_floor(c.n_items, .07):.2f}, and BPR has no such floor", stacklevel=2)
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-42
-def train_counts(sequences):
-    "float32 (V,): how often each item occurs in the training cases, as input or as target."
-    s, c = sequences, sequences.train
-    edge = np.zeros(len(s.item) + 1, np.int64)
-    np.add.at(edge, c.start, 1); np.add.at(edge, c.stop, -1)
-    n = np.bincount(s.item, edge[:-1].cumsum(), len(s.items)) + np.bincount(c.target, minlength=len(s.items))
-    return torch.from_numpy(n.astype(np.float32))
-
 @patch
 def prepare(self: MMQ, sequences, items):
     "Copies the tables of `items` (`mbnb.items.Items` or None) and what it needs of the training data of `sequences` (or None); raises ValueError for a table that does not fit."
     c = self.config
     if sequences is not None:
-        self.count.copy_(train_counts(sequences))
+        self.count.copy_(torch.from_numpy(train_counts(sequences)))
         rows = np.unique(np.linspace(0, len(sequences.train) - 1, min(256, len(sequences.train))).astype(int))
         self.probe = collate(sequences, sequences.train, rows, c.max_len).item_seq
     for m in self.present:

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, cloze
-from ..sequences import Prediction, next_items, own_items, top_items
+from ..sequences import Prediction, next_items, own_items, top_items, train_counts
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-6
 @dataclass(frozen=True)
@@ -350,8 +350,5 @@ def recommend(self: PBAT, batch, k):
 # %% ../../nbs/models/18_pbat.ipynb #cell-62
 def sigma_by_count(model, sequences):
     "-> (times that each item occurs in training cases, int64 (n_items,); mean covariance of its Gaussian (n_items,)), as arrays."
-    s, c, n = sequences, sequences.train, sequences.train.length
-    at = np.arange(n.sum()) + np.repeat(c.start - (np.cumsum(n) - n), n)
-    count = np.bincount(np.append(s.item[at], c.target), minlength=s.n_items + 1)[1:]
     with torch.no_grad(): cov = model.items.rows(model.mask)[1][1:].mean(1)
-    return count, cov.cpu().numpy()
+    return train_counts(sequences)[1:], cov.cpu().numpy()

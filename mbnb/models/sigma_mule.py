@@ -14,7 +14,7 @@ from torch import nn
 
 from ..graph import KINDS, Grains, bpr_pairs
 from ..layers import Dropout, ScanLayer, SigmaBlock
-from ..sequences import Prediction, next_items, own_items, top_items
+from ..sequences import Prediction, at_labels, top_items
 
 # %% ../../nbs/models/17_sigma_mule.ipynb #cell-6
 @dataclass(frozen=True)
@@ -161,9 +161,8 @@ def forward(self: SigmaMuLe, batch):
         user, item, own = self.grains.rows(batch)
         term = bpr_pairs(users, table, user, item, own)
         if "main" not in self.wanted: return Prediction(users[user].detach(), item, table.detach(), aux={"graph_bpr": term}, exclude=own)
-    (x, R), y = self.states(batch), next_items(batch)[:, -self.config.max_len:]
-    row, at = y.nonzero(as_tuple=True)
-    return Prediction(x[row, at], y[row, at], R, aux={"graph_bpr": term}, exclude=own_items(batch, row))
+    x, R = self.states(batch)
+    return replace(at_labels(x, batch, R), aux={"graph_bpr": term})
 
 # %% ../../nbs/models/17_sigma_mule.ipynb #cell-23
 @patch
