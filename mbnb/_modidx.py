@@ -1199,6 +1199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbnb.graph.Grains.attention': ('graph.html#grains.attention', 'mbnb/graph.py'),
                             'mbnb.graph.Grains.branches': ('graph.html#grains.branches', 'mbnb/graph.py'),
                             'mbnb.graph.Grains.edges': ('graph.html#grains.edges', 'mbnb/graph.py'),
+                            'mbnb.graph.Grains.ends': ('graph.html#grains.ends', 'mbnb/graph.py'),
                             'mbnb.graph.Grains.forward': ('graph.html#grains.forward', 'mbnb/graph.py'),
                             'mbnb.graph.Grains.prepare': ('graph.html#grains.prepare', 'mbnb/graph.py'),
                             'mbnb.graph.Grains.rows': ('graph.html#grains.rows', 'mbnb/graph.py'),

@@ -187,6 +187,8 @@ class Grains(nn.Module):
         self.graphs = nn.ModuleDict({name: Graph(e, *sizes) for name, e in grain_edges(edges, targets, self.kinds).items()}).to(self.items.weight.device)
         self.known = torch.stack([g.start.diff()[:g.n_users] > 0 for g in self.graphs.values()]).any(0)
         self.targets, self.others, self.kept = tuple(targets), tuple(sorted(set(edges) - set(targets))), None
+        with torch.no_grad():
+            if len(self.ends(*self.branches())) == 1: self.weigh = None     # nothing to weigh: a weight without a gradient would only lie idle
 
     def walked(self, name, x, key=None):
         "What comes of x on the way over the graph `name`; x, where there is none."
@@ -204,10 +206,14 @@ class Grains(nn.Module):
         if not self.kinds: coarse = {}
         return dict.fromkeys(self.targets or (0,), target) | coarse, fine
 
+    def ends(self, coarse, fine):
+        "The branches that are weighed: the finest there are, each once."
+        return fine or list({id(x): x for x in coarse.values()}.values())
+
     def forward(self):
         "-> (final vectors (n,D), {behavior id: X_b (n,D)}), users first."
         coarse, fine = self.branches()
-        y = fine or list({id(x): x for x in coarse.values()}.values())
+        y = self.ends(coarse, fine)
         if len(y) == 1: return y[0], coarse
         share = torch.cat([self.weigh(x) for x in y], 1).softmax(1)
         return sum(x * share[:, j, None] for j, x in enumerate(y)), coarse

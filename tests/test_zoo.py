@@ -1,8 +1,11 @@
 "Every model of the zoo as a user starts it, up to the first step: the doctor must have no reason to stop it."
+import numpy as np
+import pandas as pd
 import pytest
 
+from mbnb import datasets
 from mbnb.experiment import configure, look_before
-from mbnb.zoo import MODELS
+from mbnb.zoo import MODELS, model_class
 
 SEARCH = "data.users=20"            # models that write their answer: ids and searches for a few users do
 HEADS = [(m, "model.head=repeat") for m in ("sasrec", "mgpt", "gear", "mbht")]
@@ -15,4 +18,21 @@ def test_nothing_stops_a_model_before_its_first_step(model, setting, target):
     "Whether the data set asks for certain behaviors or for whatever comes next."
     if setting == SEARCH and target: pytest.skip("asked once: neither reads the behavior")
     cards = look_before(configure(model=model, dataset="toyshop-tiny", set=f"fit.threads=1 {setting} {target}"))
+    assert not [str(c) for c in cards if c.severity == "E"]
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    "A file of one behavior: the views of the tiny shop."
+    shop, file = datasets.load("toyshop-tiny"), tmp_path_factory.mktemp("views") / "views.csv"
+    of = np.repeat(np.arange(len(shop.users)), np.diff(shop.offsets))
+    rows = pd.DataFrame({"user": shop.users[of], "item": shop.items[shop.item], "behavior": "view", "time": shop.time})[shop.behavior == 1]
+    rows.to_csv(file, index=False)
+    return file
+
+
+@pytest.mark.parametrize("model, setting", [p for p in PLAIN if "needed" not in getattr(model_class(p[0]), "sides", {}).values()])
+def test_nothing_stops_a_model_where_there_is_one_behavior(model, setting, views):
+    "Models that read texts are left out: the file has none."
+    cards = look_before(configure(model=model, dataset=str(views), set=f"fit.threads=1 {setting}"))
     assert not [str(c) for c in cards if c.severity == "E"]
