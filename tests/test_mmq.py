@@ -233,7 +233,7 @@ def test_lr_restarts_per_stage(shop):
 
 @form
 def test_score_independent_of_batch(changes):
-    "A row scores alone as it does beside others, with any pads, in training data statistics and interventions too; in float64, free of rounding."
+    "A row scores alone as it does beside others, with any pads, statistics and interventions too; in float64, free of rounding."
     model, batch = awake(build(MMQ, **changes)).double(), some(B=5, L=9)
     with torch.no_grad():
         z = model.score(batch)
