@@ -74,6 +74,15 @@ def test_notebooks_are_clean(tmp_path):
     must_equal(before, texts(tmp_path / "nbs", "*.ipynb"), "pages carry metadata: run `make clean-pages`")
 
 
+@pytest.mark.parametrize("page", sorted((NBS / "models").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_model_page_shows_its_curve_and_its_table(page):
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    shows = [c for c in cells if re.match(r"(metric_figure|result_table)\(", "".join(c["source"]).splitlines()[-1])]
+    assert len(shows) >= 2, f"{page.name} ends no cell with metric_figure(...) or result_table(...)"
+    empty = ["".join(c["source"]) for c in shows if not c["outputs"]]
+    assert not empty, f"{page.name}: nothing is stored of {empty}: run `make pages PAGES=models/{page.stem}`"
+
+
 def test_parameters_cell():
     "Without its tag papermill runs the defaults and says nothing; the comments are what `papermill --help-notebook` shows."
     page = NBS / "train.ipynb"
