@@ -96,6 +96,17 @@ def test_parameters_cell():
         assert "#" in line[node.end_col_offset:], f"nbs/train.ipynb: the parameter {node.target.id} has no comment behind it"
 
 
+ASKING = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and '"parameters"' in p.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", ASKING, ids=lambda p: p.stem)
+def test_papermill_sees_every_parameter(page):
+    "What it cannot read (a second = on the line, say) it leaves out of its help, and warns of on every use."
+    from papermill import inspect_notebook
+    cells = [c for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert [n.target.id for c in cells for n in ast.parse("".join(c["source"])).body] == list(inspect_notebook(page))
+
+
 def test_readme_is_the_index_page(): run(sys.executable, ROOT / ".ci" / "readme.py", "--check")
 
 
