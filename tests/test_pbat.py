@@ -466,7 +466,7 @@ def test_picked_takes_rows():
 
 # ---- the toy shop ----
 
-ACCEPT = "model.d_model=64 model.dropout=.1 fit.schedule=linear eval.bootstrap=50"
+ACCEPT = "model.d_model=64 model.dropout=.1 fit.schedule=linear fit.patience=0 fit.threads=1 eval.bootstrap=50"
 
 
 @pytest.mark.slow
@@ -475,7 +475,7 @@ def test_above_markov_below_the_oracle():
     import tempfile
     from mbnb.experiment import configure, run_experiment
     with tempfile.TemporaryDirectory() as runs:
-        config = configure(model="pbat", dataset="toyshop", epochs=60, patience=60, lr=5e-3, batch_size=64, runs_dir=runs, set=ACCEPT)
+        config = configure(model="pbat", dataset="toyshop", epochs=60, lr=1e-2, runs_dir=runs, set=ACCEPT)
         result = run_experiment(config, say=print)
     score = lambda name: result["baselines"][name]["NDCG@10"]
     assert score("markov") < result["test"]["NDCG@10"] < score("oracle")

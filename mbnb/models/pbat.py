@@ -347,7 +347,7 @@ def recommend(self: PBAT, batch, k):
     "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
     return top_items(self.score(batch), k, batch.exclude)
 
-# %% ../../nbs/models/18_pbat.ipynb #cell-62
+# %% ../../nbs/models/18_pbat.ipynb #cell-63
 def sigma_by_count(model, sequences):
     "-> (times that each item occurs in training cases, int64 (n_items,); mean covariance of its Gaussian (n_items,)), as arrays."
     with torch.no_grad(): cov = model.items.rows(model.mask)[1][1:].mean(1)
