@@ -6,8 +6,8 @@
 The data are made up: users with `length` events to read and the next one to name, three behaviors, side tables where a model reads them (what they hold changes no time). Each model has its preset `small` but for width and
 length, its own loss, and of several stages the last; each cell runs alone in a process of its own. A target is a label, however many rows of the Prediction it takes (M-GPT: one a level): models that name all next items of a row get `length` of them for one pass, those that
 name the last get one, and that is the point of the first figure. Seconds are the median of the steps after two that warm up (one, where a step takes a minute); CPU seconds are those of all threads. `model_mb` is what the peak of the process rose by, from
-before the model was made. Where several values of length, items or users are given all combinations run, and `exponents` tells by which power the seconds of a step grow along each. One JSON line a cell, and one with all;
-a table on stderr."""
+before the model was made. Where several values of length, items or users are given, each is changed alone, the others at their first values, and `exponents` tells by which power the seconds of a step grow along each. One JSON line a cell, and one
+with all; a table on stderr. `--out FILE` keeps that line for `nbs/studies/fair_comparison.ipynb`."""
 
 import argparse
 import itertools
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 WIDTHS = {"d_model", "d_out"}  # what models call the width of the vectors that they compare with those of the items
 AXES = ("length", "items", "users")
@@ -136,6 +137,12 @@ def alone(name, a, cell):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def cells(a):
+    "The first values of all axes, then every other value of one axis at a time."
+    first = {axis: getattr(a, axis)[0] for axis in AXES}
+    return [first] + [first | {axis: v} for axis in AXES for v in getattr(a, axis)[1:]]
+
+
 def exponents(rows, axis):
     "{model: power of `axis` by which the seconds of a step grow}: the slope of the logarithms, the other axes at their first values."
     found = {}
@@ -153,9 +160,9 @@ def exponents(rows, axis):
 def table(rows):
     "The rows for a person."
     columns = [c for c in SHOWN if any(c in r for r in rows)]
-    cells = [columns, *([str(r.get(c, "")) for c in columns] for r in rows)]
-    wide = [max(len(row[k]) for row in cells) for k in range(len(columns))]
-    return "\n".join("  ".join(text.rjust(w) if k else text.ljust(w) for k, (text, w) in enumerate(zip(row, wide))) for row in cells)
+    lines = [columns, *([str(r.get(c, "")) for c in columns] for r in rows)]
+    wide = [max(len(row[k]) for row in lines) for k in range(len(columns))]
+    return "\n".join("  ".join(text.rjust(w) if k else text.ljust(w) for k, (text, w) in enumerate(zip(row, wide))) for row in lines)
 
 
 def main():
@@ -170,6 +177,7 @@ def main():
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--seconds", type=float, default=60, help="no more steps are begun after so many; two are made in any case")
     ap.add_argument("--limit", type=float, default=600, help="seconds after which a cell is given up")
+    ap.add_argument("--out", type=Path, help="a file for the last line")
     ap.add_argument("--cell", help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.cell:
@@ -181,9 +189,8 @@ def main():
         if name not in MODELS:
             ap.error(str(unknown("model", name, MODELS)))
     rows = []
-    for values in itertools.product(a.length, a.items, a.users):
+    for cell in cells(a):
         for name in names:
-            cell = dict(zip(AXES, values))
             rows.append({"model": name} | cell | alone(name, a, cell))
             print(json.dumps(rows[-1]), flush=True)
     grows = {axis: exponents(rows, axis) for axis in AXES if len(getattr(a, axis)) > 1}
@@ -193,7 +200,10 @@ def main():
     print(table(rows), file=sys.stderr)
     for axis, powers in grows.items():
         print(f"seconds of a step grow with {axis} to the power: " + ", ".join(f"{k} {v}" for k, v in powers.items()), file=sys.stderr)
-    print(json.dumps({"bench": "models", **setting, "exponents": grows, "rows": rows}))
+    found = json.dumps({"bench": "models", **setting, "exponents": grows, "rows": rows})
+    print(found)
+    if a.out:
+        a.out.write_text(found + "\n")
 
 
 if __name__ == "__main__":
