@@ -345,6 +345,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mbnb.doctor.across.significance': ('doctor/across.html#significance', 'mbnb/doctor/across.py'),
                                     'mbnb.doctor.across.told': ('doctor/across.html#told', 'mbnb/doctor/across.py')},
             'mbnb.doctor.config': { 'mbnb.doctor.config._asleep': ('doctor/config.html#_asleep', 'mbnb/doctor/config.py'),
+                                    'mbnb.doctor.config._by_heart': ('doctor/config.html#_by_heart', 'mbnb/doctor/config.py'),
                                     'mbnb.doctor.config._short': ('doctor/config.html#_short', 'mbnb/doctor/config.py'),
                                     'mbnb.doctor.config._tried': ('doctor/config.html#_tried', 'mbnb/doctor/config.py'),
                                     'mbnb.doctor.config.check_model': ('doctor/config.html#check_model', 'mbnb/doctor/config.py'),

@@ -2,6 +2,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,12 +12,16 @@ from mbnb.cli import main
 from mbnb.compare import read_entry
 from mbnb.datasets import load
 from mbnb.doctor import CHECKS, DoctorError
+from mbnb.doctor.config import overfit
 from mbnb.doctor.training import Watch
 from mbnb.events import DataError
 from mbnb.experiment import configure, doctor, run_experiment
 from mbnb.fit import FitError
+from mbnb.losses.ce import CE
+from mbnb.models.gear import GEAR
 from mbnb.report import write_report
 from mbnb.runs import load_run
+from mbnb.sequences import collate
 
 SMALL = "model.d_model=16 eval.bootstrap=20"
 
@@ -185,3 +190,17 @@ def test_sasrec_on_ml_100k_carries_only_what_is_true(shared_data):
 def test_the_default_run_carries_neither_error_nor_warning(tmp_path):
     made = load_run(run_experiment(configure(runs_dir=str(tmp_path)), lambda line: None)["path"])
     assert not {c["id"]: c["message"] for c in made.cards if c["severity"] in "EW" and c["id"] != "T03"}     # a busy machine is no fault
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_too_high_is_not_a_broken_model():
+    "GEAR of width 64 gets nowhere at .01 and learns its eight cases at .003."
+    shop = load("toyshop-tiny")
+    few = collate(shop, shop.train, np.arange(8), 50)
+
+    def card(**rates):
+        torch.manual_seed(1)
+        model = GEAR(GEAR.Config.small(shop.n_items, shop.n_behaviors, d_model=64, dropout=0.0))
+        return overfit(model, few, CE(), seconds=60, **rates)[0]
+
+    assert card(rates=(1e-2,)).severity != "ok" and card().severity == "ok"

@@ -182,9 +182,8 @@ def measured(id, model, batch):
 def _short(value): return ", ".join(f"{k} {v:.2g}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-26
-def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, lr=1e-2, seconds=10.):
-    """C11 and C13: trains `model` on one Batch until the loss is under a tenth of its start; -> (Card, names of parameters without a gradient in all steps).
-    Undecided after `seconds`, or where the loss still falls after `C11.steps`: stuck is another thing than slow."""
+def _by_heart(model, batch, loss, weights, limits, lr, seconds):
+    "One try, on `model` itself -> (Card, names of parameters without a gradient in all steps)."
     rng, weights, optimizer = torch.Generator().manual_seed(0), weights or {}, torch.optim.Adam(model.parameters(), lr)
     values, asleep, first, value, step, steps, until = [], {n for n, p in model.named_parameters() if p.requires_grad}, None, math.inf, 0, int(limits["C11.steps"]), time.perf_counter() + seconds
     model.train()
@@ -206,6 +205,16 @@ def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, lr=1e-2, second
     falling = np.mean(values[-50:]) < .95 * np.mean(values[-100:-50]) if len(values) > 100 else False
     if math.isfinite(value) and (step < steps or falling): return skipped("C11", f"undecided: {said}, still falling" if falling else f"undecided within {seconds:g} s ({said})"), asleep
     return finding("C11", "E", f"the loss cannot be overfitted: {said}", "Follow the gradient from the loss to the weights: a detached tensor, a frozen part, a wrong target.", share, limits["C11.share"]), asleep
+
+def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, rates=(1e-2, 3e-3), seconds=10.):
+    """C11 and C13: trains `model` on one Batch, from where it stands and at one rate after the other, until the loss is under a tenth of its start; -> (Card of the best try, names of parameters without a gradient in all steps).
+    A try is undecided after `seconds`, or where the loss still falls after `C11.steps`: stuck is another thing than slow."""
+    start, tries = copy.deepcopy(model.state_dict()), []
+    for lr in rates:
+        model.load_state_dict(start)
+        tries.append(_by_heart(model, batch, loss, weights, limits, lr, seconds))
+        if tries[-1][0].severity == "ok": break
+    return min((card for card, _ in tries), key=lambda card: {"ok": 0, "E": 2}.get(card.severity, 1)), set.intersection(*(asleep for _, asleep in tries))
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-30
 def timed_steps(model, loss, sequences, stage, config, n=5, max_len=None, seconds=10.):
