@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbnb.checks._gap': ('checks.html#_gap', 'mbnb/checks.py'),
                              'mbnb.checks._need': ('checks.html#_need', 'mbnb/checks.py'),
                              'mbnb.checks._scores': ('checks.html#_scores', 'mbnb/checks.py'),
+                             'mbnb.checks._trained_on_one': ('checks.html#_trained_on_one', 'mbnb/checks.py'),
                              'mbnb.checks.all_pad_row_is_finite': ('checks.html#all_pad_row_is_finite', 'mbnb/checks.py'),
                              'mbnb.checks.awake': ('checks.html#awake', 'mbnb/checks.py'),
                              'mbnb.checks.build': ('checks.html#build', 'mbnb/checks.py'),
