@@ -2744,6 +2744,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbnb.sweep.grid_values': ('sweep.html#grid_values', 'mbnb/sweep.py'),
                             'mbnb.sweep.import_optuna': ('sweep.html#import_optuna', 'mbnb/sweep.py'),
                             'mbnb.sweep.kill': ('sweep.html#kill', 'mbnb/sweep.py'),
+                            'mbnb.sweep.last_words': ('sweep.html#last_words', 'mbnb/sweep.py'),
                             'mbnb.sweep.listening': ('sweep.html#listening', 'mbnb/sweep.py'),
                             'mbnb.sweep.looked_up': ('sweep.html#looked_up', 'mbnb/sweep.py'),
                             'mbnb.sweep.make_plan': ('sweep.html#make_plan', 'mbnb/sweep.py'),

@@ -10,9 +10,9 @@ __all__ = ['MEASURED', 'NOT_A_SETTING', 'SEARCHES', 'MAIN', 'POLL', 'TRIES', 'PA
            'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'measure', 'folder_state',
            'rows_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial', 'best_command',
            'train_command', 'threads_each', 'child_environment', 'Child', 'start_process', 'signal_group',
-           'ask_to_stop', 'kill', 'still_there', 'writer', 'ended', 'SweepStopped', 'Sweep', 'again', 'take_stock',
-           'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect', 'wind_down', 'work', 'listening',
-           'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
+           'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words', 'ended', 'SweepStopped', 'Sweep', 'again',
+           'take_stock', 'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect', 'wind_down', 'work',
+           'listening', 'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
 
 # %% ../nbs/26_sweep.ipynb #cell-2
 import ast
@@ -425,6 +425,12 @@ def writer(path):
     status = read_json(path / "status.json") if (path / "status.json").exists() else None
     return (status.get("pid"), status.get("started")) if status else ()
 
+def last_words(text):
+    "The last message of a log, all its lines; without one, the last line."
+    lines = [line for line in text.splitlines() if line.strip()]
+    begins = [k for k, line in enumerate(lines) if line.startswith("mbnb: ")]
+    return "\n".join(lines[begins[-1]:] if begins else lines[-1:]).removeprefix("mbnb: ")
+
 def ended(child, path, log):
     "-> (state, reason) of a trial whose process is gone."
     state, reason = folder_state(path)
@@ -433,10 +439,9 @@ def ended(child, path, log):
     if state and (child.process is None or writer(path) != child.before): return state, reason
     code = child.process.returncode if child.process else None
     if code is None or code < 0: return "crashed", f"killed{f' by {signal.Signals(-code).name}' if code else ''} before it wrote its run folder"
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return "failed", (said[-1].removeprefix("mbnb: ") if said else f"ended with exit code {code} and wrote no run folder")
+    return "failed", last_words(log.read_text(errors="replace") if log.exists() else "") or f"ended with exit code {code} and wrote no run folder"
 
-# %% ../nbs/26_sweep.ipynb #cell-40
+# %% ../nbs/26_sweep.ipynb #cell-41
 POLL = .2           # seconds
 TRIES = 3           # starts of a trial that is killed each time
 PATIENCE = {"budget": 120., "interrupted": 20.}     # seconds that a run has to stop by itself
@@ -460,13 +465,14 @@ class Sweep:
     def folder(self, trial): return run_path(self.runs_dir, trial.run)
     def log(self, trial): return self.path / "logs" / f"{trial.run}.log"
 
-def again(trial, crashed):
+def again(trial, crashed, failed):
     "Is an unfinished trial to be taken up again?"
     if trial.state == "waiting": return True
+    if trial.state == "failed": return failed == "retry"
     if trial.state == "stopped": return bool(trial.asked) or trial.reason != "stop was requested"
     return trial.state == "crashed" and crashed == "resume" and trial.attempts < TRIES
 
-def take_stock(s, crashed):
+def take_stock(s, crashed, failed):
     "Look up every trial of earlier sessions: what runs is watched, what is to go on waits, what was found out is written down."
     for old in read_trials(s.path):
         before = old.state
@@ -475,7 +481,7 @@ def take_stock(s, crashed):
         if t.state == "running": s.children.append(Child(t, None, asked=time.monotonic() if t.asked else 0.)); continue
         if t.state == "crashed" and t.attempts >= TRIES: t.state, t.reason = "failed", f"killed {t.attempts} times; the last: {t.reason}"
         if t.state != before: finish(s, t)
-        if again(t, crashed): s.waiting.append(t)
+        if again(t, crashed, failed): s.waiting.append(t)
 
 def finish(s, t):
     "Write down how a trial ended, and say it."
@@ -491,7 +497,7 @@ def trial_line(t, trials, plan):
     best = t.state == "done" and shown and all(o.measures["value"] < m["value"] for o in trials if o is not t and o.state == "done" and o.measures.get("value") is not None)
     return f"{count:>5s}  trial {t.number}  {t.state:7s}  {values_text(t.values)}{shown}{test}{' *best' if best else ''}{'' if t.state == 'done' else '  ' + t.reason}  {t.run}"
 
-# %% ../nbs/26_sweep.ipynb #cell-41
+# %% ../nbs/26_sweep.ipynb #cell-42
 def spent(s):
     "Why the budget is spent, or ''. Number of trials is no matter of this: none is started beyond it."
     budget, worked = s.plan["budget"], s.worked + (time.monotonic() - s.began) / 60
@@ -529,7 +535,7 @@ def start(s, t):
     s.children.append(Child(t, process, before))
     s.write("start", trial=t.number, owner=t.owner, resumed=there)
 
-# %% ../nbs/26_sweep.ipynb #cell-42
+# %% ../nbs/26_sweep.ipynb #cell-43
 def collect(s):
     "Write down the trials whose processes are gone."
     for child in list(s.children):
@@ -579,18 +585,20 @@ def listening(signals):
     finally:
         for number, handler in old.items(): signal.signal(number, handler)
 
-# %% ../nbs/26_sweep.ipynb #cell-43
+# %% ../nbs/26_sweep.ipynb #cell-44
 def plan_text(plan, n_jobs):
     "The plan in one line."
     size = f"{most(plan)} trials" if most(plan) < math.inf else "trials"
     budget = ", ".join(f"{v:,} {'training targets' if k == 'targets' else k}" for k, v in plan["budget"].items() if v and k != "trials")
     return f"{plan['search']} over {', '.join(plan['space'])}: {size}{f', at most {budget}' if budget else ''}; {n_jobs} at once with {threads_each(n_jobs)} threads each"
 
-def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, minutes=0., seed=0, n_jobs=1, runs_dir="runs", crashed="resume", say=print, command=train_command):
+def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, minutes=0., seed=0, n_jobs=1, runs_dir="runs", crashed="resume", failed="keep", say=print, command=train_command):
     """Search `space` around the `fixed` parameters of nbs/train.ipynb, or go on with the sweep of this name; -> DataFrame as `sweep_table`.
-    trials, targets (rows trained on), minutes: the budget, 0 = none. crashed: "resume" trials that were killed, or only "mark" them. command: {parameters} -> argument list
+    trials, targets (rows trained on), minutes: the budget, 0 = none. crashed: "resume" trials that were killed, or only "mark" them. failed: "keep" what failed earlier as it is, or
+    "retry" it, once a call. command: {parameters} -> argument list
     of a process that leaves a run folder. ConfigError and RunError before anything starts; SweepStopped when interrupted."""
-    if crashed not in ("resume", "mark"): raise unknown("crashed=", crashed, ("resume", "mark"))
+    for key, value, valid in (("crashed=", crashed, ("resume", "mark")), ("failed=", failed, ("keep", "retry"))):
+        if value not in valid: raise unknown(key, value, valid)
     plan, path, signals = make_plan(space, fixed or {}, search, seed, trials, targets, minutes, n_jobs), sweep_path(runs_dir, name), []
     if (path / "plan.json").exists(): settle_plan(path, plan)
     with opened(path) as journal, listening(signals):
@@ -598,7 +606,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
         s = Sweep(path, Path(runs_dir), read_plan(path), journal, n_jobs, say, command, worked=minutes_worked(path), signals=signals)
         s.write("begin", n_jobs=n_jobs, threads=threads_each(n_jobs), owner=this_process())
         say(f"sweep {name}: {plan_text(plan, n_jobs)}")
-        take_stock(s, crashed)
+        take_stock(s, crashed, failed)
         if s.trials: say(f"{sum(t.state == 'done' for t in s.trials)} finished before, {len(s.children)} running, {len(s.waiting)} to go on with")
         reason = work(s)
         s.write("close", reason=reason)
@@ -606,7 +614,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
     if signals: raise SweepStopped(f"sweep {name} was {reason}; the same call goes on with it")
     return sweep_table(name, runs_dir)
 
-# %% ../nbs/26_sweep.ipynb #cell-52
+# %% ../nbs/26_sweep.ipynb #cell-53
 def sweep_figure(table):
     "Values on validation by trial, with the best so far, from the table of a sweep."
     column = next((c for c in table.columns if c.startswith("valid ")), None)
@@ -619,8 +627,8 @@ def sweep_figure(table):
                      go.Scatter(x=done.trial, y=done[column].cummax(), mode="lines", line=dict(shape="hv", dash="dash", color=COLORS["best"]), name="best so far")])
     return fig.update_layout(width=760, height=300, margin=dict(l=60, r=20, t=30, b=45), template="plotly_white", xaxis_title="trial", yaxis_title=escape(column), xaxis_dtick=max(1, len(done) // 12))
 
-# %% ../nbs/26_sweep.ipynb #cell-55
-SWEEP_PARAMETERS = dict(sweep="", space="{'lr': [1e-3, 3e-3]}", search="grid", trials=0, targets=0, minutes=0., search_seed=0, n_jobs=1, crashed="resume", runs_dir="runs")
+# %% ../nbs/26_sweep.ipynb #cell-56
+SWEEP_PARAMETERS = dict(sweep="", space="{'lr': [1e-3, 3e-3]}", search="grid", trials=0, targets=0, minutes=0., search_seed=0, n_jobs=1, crashed="resume", failed="keep", runs_dir="runs")
 
 def parse_space(text):
     "A space from its text, a dict as Python writes it; ConfigError shows one."

@@ -368,3 +368,17 @@ def test_when_nobody_can_be_told_no_child_is_left(tmp_path):
         if "trial" in line and "/2" in line: raise BrokenPipeError("nobody reads")
     with pytest.raises(BrokenPipeError): sweep(tmp_path, space={"lr": [.5, .1]}, fixed=LONG | {"epochs": 20}, n_jobs=2, say=say)
     assert not running(tmp_path) and set(list_runs(tmp_path).state) <= {"failed", "done", "stopped"}
+
+
+def test_a_trial_that_failed_is_tried_again_where_that_is_asked(tmp_path):
+    "The data file has a broken row; it is mended before the third call."
+    file = tmp_path / "mine.csv"
+    rows = [f"u{u},i{(u + t) % 20},view,{t}" for u in range(60) for t in range(8)]
+    file.write_text("\n".join(["user,item,behavior,timestamp", *rows, "u1,i2,view,soon"]) + "\n")
+    call = dict(name="mended", space={"lr": [1e-2]}, fixed=TINY | {"dataset": str(file), "epochs": 1}, command=train_command)
+    table, _ = sweep(tmp_path, **call)
+    assert table.state.tolist() == ["failed"] and "soon" in table.reason[0], table.reason.tolist()
+    assert sweep(tmp_path, **call)[0].state.tolist() == ["failed"] and starts(tmp_path, "mended") == [0]
+    file.write_text("\n".join(["user,item,behavior,timestamp", *rows]) + "\n")
+    table, _ = sweep(tmp_path, failed="retry", **call)
+    assert table.state.tolist() == ["done"] and starts(tmp_path, "mended") == [0, 0], table.reason.tolist()
