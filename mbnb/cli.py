@@ -104,10 +104,13 @@ def train(pairs, page=None):
     defaults = parameters_of(page)
     parameters = read_parameters(pairs, defaults)
     folder = run_folder(parameters, defaults)
-    output = folder / "train.ipynb"
+    output, status = folder / "train.ipynb", folder / "status.json"
+    before = [p.read_bytes() if p.exists() else None for p in (output, status)]
     try: run_page(page, output, parameters if parameters.get("resume") else parameters | {"run_name": folder.name})
+    except KeyboardInterrupt: raise KeyboardInterrupt(folder.name) from None
     except Exception as e:
         line = failure(e, output)
+        if before[0] and status.exists() and status.read_bytes() == before[1]: output.write_bytes(before[0])        # refused before it went on: its page stays
         if "traceback stands" not in line and [p.name for p in folder.iterdir()] == [output.name]: shutil.rmtree(folder)   # refused before it began
         raise MbnbError(line) from None
     print(f"\nrun: {folder}\npage: {output}")
@@ -220,6 +223,6 @@ def main(argv=None):
     except MbnbError as e:
         if str(e): print(f"mbnb: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mbnb: interrupted; a run that had begun goes on with `mbnb train -p resume RUN`", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"mbnb: interrupted; a run that had begun goes on with `mbnb train -p resume {e or 'RUN'}`", file=sys.stderr)
         return 130

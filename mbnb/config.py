@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'SIZES', 'check_type', 'check_parameters', 'given_parameters',
-           'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'make_config',
-           'data_options', 'check_model']
+           'parts_of_set', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of',
+           'advised', 'make_config', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -53,16 +53,37 @@ def given_parameters(names):
 # %% ../nbs/20b_config.ipynb #cell-8
 SECTIONS = ("model", "loss", "fit", "data", "eval", "doctor")
 
+def parts_of_set(text):
+    "The parts of a `set`, cut at blanks that stand neither in quotes nor in brackets. ConfigError where one is left open."
+    parts, quote, depth = [""], "", 0
+    for c in text:
+        if not quote and not depth and c.isspace() and parts[-1][-1:] != "\\": parts.append(""); continue
+        if quote: quote = "" if c == quote else quote
+        elif c in "'\"": quote = c
+        else: depth += (c in "[{(") - (c in ")}]")
+        parts[-1] += c
+    if quote or depth: raise ConfigError(f"set: {text!r} has {'an open quote ' + quote if quote else 'a bracket without its partner'}")
+    return [p for p in parts if p]
+
+def read_value(key, value):
+    "A value of `set`: a Python literal as it stands, or what is left of it without its quotes; ConfigError for a broken list or dict."
+    if value.strip("'\"") == r"\t": return "\t"
+    for text in (value, " ".join(shlex.split(value))):
+        try: return ast.literal_eval(text) if text[:1] not in "'\"" else ast.literal_eval(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError): continue
+    if text[:1] in ("[", "{"): raise ConfigError(f"set: {key}={text} is neither a list nor a dict; names stand in quotes, as in data.columns={{'user': 'uid'}}, and the whole of it in those of the shell")
+    return text
+
 def parse_set(text):
     "\"model.d_model=128 fit.clip=1.0\" -> {section: {field: value}}."
     found = {s: {} for s in SECTIONS}
-    for part in shlex.split(text):
+    for part in parts_of_set(text):
+        if part[0] in "'\"": part = shlex.split(part)[0]
         key, eq, value = part.partition("=")
         section, dot, name = key.partition(".")
         if not eq or not dot: raise ConfigError(f"set: {part!r} is not of the form section.field=value, with section one of {', '.join(SECTIONS)}")
         if section not in SECTIONS: raise unknown("section of set", section, SECTIONS)
-        try: found[section][name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): found[section][name] = value
+        found[section][name] = read_value(key, value)
     return found
 
 def override(config, changes, section):

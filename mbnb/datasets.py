@@ -526,7 +526,7 @@ READABLE = (".csv", ".tsv", ".parquet", ".inter")
 
 def path_spec(path):
     "A row made for a file or folder of the reader's own. Raises DataError if it is not clear which file is meant."
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if path.is_file(): return DataSpec(path.stem, f"file {path.name}", str(path.parent), {path.name: ""}, time="detected")
     found = sorted(p for p in path.iterdir() if p.suffix in READABLE)
     pair = [p for end in (".train.inter", ".test.inter") for p in found if p.name.endswith(end)]
@@ -673,7 +673,7 @@ def overview():
 
 def describe(name):
     "A row in words: what it is, its defaults, its terms, where its files are or how to get them."
-    s = spec(name)
+    s = find_row(name)
     where = f"files: {locate(s)}" if locate(s) else f"files: not here; {how_to_get(s)}" if s.files else "files: none, it is generated"
     return "\n".join([f"{s.name}: {s.title}",
                       f"target: {s.target}; time: {s.time}; seen filter: {s.seen_filter}; protocols: {', '.join(s.protocols)}",

@@ -38,7 +38,7 @@ from .events import MbnbError
 from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
-from .plots import decimate, shown_rules, static_twin, untrained_loss
+from .plots import decimate, first_name, shown_rules, static_twin, untrained_loss
 from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
@@ -317,7 +317,7 @@ def strip(run, tail, status):
     return {"facts": facts, "epochs": stage["epochs"], "done": done, "patience": stage["patience"], "flat": epochs[-1]["flat"] if epochs else 0}
 
 # %% ../nbs/24_panel.ipynb #cell-34
-def epoch_rows(tail, last=8):
+def epoch_rows(tail, last=8, first="untrained"):
     "The newest epochs and the best one; a change is marked only beyond two standard errors."
     epochs = tail.of("epoch")
     names = [n for n in (epochs[0]["metrics"] if epochs else {}) if n.split("[")[0] in ("HR@10", "NDCG@10", "MRR@10")]
@@ -328,7 +328,7 @@ def epoch_rows(tail, last=8):
         change = r["value"] - before["value"] if before else 0
         mark = "" if before is None else "noise" if abs(change) < 2 * r["error"] else "up" if change > 0 else "down"
         arrow = {"up": " ▲", "down": " ▼"}.get(mark, "")
-        cells = [r["stage"], "untrained" if r["epoch"] < 0 else int(r["epoch"]), round(r["loss"], 4) if r.get("loss") is not None else None, *[round(r["metrics"][n], 4) for n in names], f"±{1.96 * r['error']:.4f}{arrow}", round(r.get("train_seconds", 0), 1), "★ best" if i == best else ""]
+        cells = [r["stage"], first if r["epoch"] < 0 else int(r["epoch"]), round(r["loss"], 4) if r.get("loss") is not None else None, *[round(r["metrics"][n], 4) for n in names], f"±{1.96 * r['error']:.4f}{arrow}", round(r.get("train_seconds", 0), 1), "★ best" if i == best else ""]
         rows.append({"cells": cells, "marks": [""] * (len(cells) - 3) + [mark, "", ""], "best": i == best})
     return {"columns": ["stage", "epoch", "loss", *names, "95 %", "train s", ""], "rows": rows}
 
@@ -428,7 +428,7 @@ def show(self: TrainPanel):
     view = {"page": self.page, "run": self.run.id if self.run else "", "state": status["state"], "reason": status.get("reason", ""), "runs": self.listed(), "message": self.message,
             "valid": setup and not self.message, "busy": False, "forkable": bool(self.run) and not live and any((self.run.path / "checkpoints").glob("*.json"))}
     if self.run and not setup:
-        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": command_line(self.ahead).partition("ipynb out.ipynb")[2].strip(),
+        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail, first=first_name(self.run.config)), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": command_line(self.ahead).partition("ipynb out.ipynb")[2].strip(),
                  "command": command_line({k: v for k, v in self.run.config.items() if k in PARAMETERS and v != PARAMETERS[k]})}
     self.face.view = json.loads(json.dumps(view | checked, default=str).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
     self.picture(status)

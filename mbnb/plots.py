@@ -7,9 +7,10 @@ __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MAR
            'loss_figure', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table', 'result_table', 'protocol_tables',
            'slice_table', 'config_table', 'result_text', 'runs_table', 'verdict_table', 'speak', 'decimate', 'ticks',
            'text_width', 'apart', 'number', 'short', 'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part',
-           'stages_of', 'epoch_frame', 'best_row', 'monitor', 'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves',
-           'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts', 'split_word',
-           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin', 'cards_page']
+           'stages_of', 'epoch_frame', 'best_row', 'monitor', 'first_name', 'untrained_loss', 'svg_loss', 'svg_metric',
+           'svg_curves', 'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts',
+           'split_word', 'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin',
+           'cards_page']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -62,8 +63,8 @@ def rules_of(records):
     "{rule: {metric: value}} on the cases that chose the epoch, as the run wrote it."
     return records[records.kind == "rules"].iloc[-1].table if (records.kind == "rules").any() else {}
 
-def metric_figure(records, metric="NDCG@10"):
-    "Monitor by epoch with its 95 % band, the best epoch, and lines for the best rules without parameters on the same cases."
+def metric_figure(records, metric="NDCG@10", first="untrained"):
+    "Monitor by epoch with its 95 % band, the best epoch, and lines for the best rules without parameters on the same cases; `first`: what the model was before the first epoch."
     rules = rules_of(records)
     e = records[records.kind == "epoch"].reset_index(drop=True)
     x, low, high = list(range(len(e))), e.value - 1.96 * e.error, e.value + 1.96 * e.error
@@ -75,7 +76,7 @@ def metric_figure(records, metric="NDCG@10"):
         fig.add_scatter(x=[x[0], x[-1]], y=[value, value], mode="lines", name=f"{escape(rule)}: {value:.4f}", line=dict(color=COLORS["rules"][k % 4], dash=DASHES[k % 4]))
     fig.update_yaxes(rangemode="tozero")
     ticks = thin(len(e), 12)
-    fig.update_xaxes(tickvals=ticks, ticktext=["untrained" if e.epoch[k] < 0 else str(int(e.epoch[k])) for k in ticks])
+    fig.update_xaxes(tickvals=ticks, ticktext=[first if e.epoch[k] < 0 else str(int(e.epoch[k])) for k in ticks])
     return _layout(fig, "epoch", metric)
 
 # %% ../nbs/22_plots.ipynb #cell-12
@@ -328,7 +329,8 @@ def curves_of(run, lang="en"):
     "Curves of a Run or a run folder; numbers that are none are NaN."
     run, say, tail = as_run(run), speak(lang), Tail(as_run(run).path)
     tail.read()
-    config, epochs = settings(run), epoch_frame(tail.of("epoch"), say)
+    config = settings(run)
+    epochs = epoch_frame(tail.of("epoch"), say, first_name(config))
     rules = next((r for r in tail.of("rules")[::-1] if isinstance(r.get("table"), dict)), {})
     loss = tail.steps["loss"][~(tail.steps["rows"] == 0)] if len(tail.steps["loss"]) else np.zeros(0)
     at_init, aux = untrained_loss(config)
@@ -354,14 +356,14 @@ def stages_of(config):
 
 NUMBERS = ("epoch", "step", "value", "error", "loss", "rows", "train_seconds", "eval_seconds")
 
-def epoch_frame(records, say):
-    "Epoch records -> data frame with all columns of NUMBERS as floats, stage, metrics (a dict) and label."
+def epoch_frame(records, say, start="untrained"):
+    "Epoch records -> data frame with all columns of NUMBERS as floats, stage, metrics (a dict) and label; `start`: word of `say` for the model before the first epoch."
     frame = pd.DataFrame({c: pd.to_numeric(pd.Series([r.get(c) for r in records], dtype=object), errors="coerce").astype(float) for c in NUMBERS})
     frame["stage"] = [short(r.get("stage", ""), 40) for r in records]
     frame["metrics"] = [r["metrics"] if isinstance(r.get("metrics"), dict) else {} for r in records]
     frame["ends"] = [str(r.get("ends") or "") for r in records]
     several, first = frame.stage.nunique() > 1, frame.stage.iloc[0] if len(frame) else ""
-    name = lambda e, s: say("untrained" if s == first else "start") if e < 0 or e != e else str(int(e))
+    name = lambda e, s: say(start if s == first else "start") if e < 0 or e != e else str(int(e))
     frame["label"] = [(f"{s} " if several else "") + name(e, s) for e, s in zip(frame.epoch, frame.stage)]
     return frame
 
@@ -379,12 +381,16 @@ def monitor(epochs, config):
     first = str(config.get("protocol") or "full").split(",")[0].strip()
     return own or ("NDCG@10" if first == "full" else f"NDCG@10[{first}]")
 
+def first_name(config):
+    "What the model of a config was before its first epoch: \"untrained\", or of a fork \"start\"."
+    return "start" if config.get("fork") else "untrained"
+
 def untrained_loss(config):
     "-> (loss expected of an untrained model or None, are there terms beside the main one): what the loss says of itself, times the weight of the main term."
     stages, n = stages_of(config), part(config, "config", "model").get("n_items")
     weights = stages[0].get("loss_weights") if stages else None
     weights = weights if isinstance(weights, dict) else {}
-    if len(stages) != 1 or not isinstance(n, int) or n < 1: return None, False
+    if len(stages) != 1 or not isinstance(n, int) or n < 1 or config.get("fork"): return None, False
     try:
         from mbnb.zoo import loss_class
         value = loss_class(config["loss"])(**part(config, "resolved", "loss")).at_init(n) * float(weights.get("main", 1.))

@@ -6,13 +6,13 @@
 __all__ = ['PHRASES', 'MD', 'PAGE', 'BARS', 'NOT_ASKED', 'BADGE', 'SECTIONS', 'CSS', 'PARAMETERS', 'Table', 'Block', 'para',
            'md_escape', 'md_table', 'Story', 'read_result', 'gravest_first', 'tell', 'percent', 'signed', 'duration',
            'is_number', 'best_rule', 'join', 'split_of', 'verdicts', 'quality', 'on_overview', 'chosen',
-           'best_checkpoint', 'best_table', 'on_best', 'phases', 'stage_parts', 'phase_row', 'trend', 'stage_words',
-           'phase_blocks', 'loss_words', 'text_curve', 'curve_lines', 'on_training', 'same_again', 'shown_value',
-           'on_configuration', 'ranks_of', 'case_facts', 'written_facts', 'on_data', 'cutoffs', 'depth_tables',
-           'depth_words', 'on_depth', 'part_means', 'badge_words', 'baseline_block', 'on_baselines', 'on_slices',
-           'spent', 'after_best', 'machine', 'on_time', 'severity', 'fix_text', 'findings', 'unfound', 'on_findings',
-           'on_advice', 'on_origin', 'sections', 'as_html', 'as_page', 'as_markdown', 'write_report', 'pick_run',
-           'report_page']
+           'best_checkpoint', 'best_table', 'counting', 'on_best', 'phases', 'stage_parts', 'phase_row', 'trend',
+           'stage_words', 'phase_blocks', 'loss_words', 'text_curve', 'curve_lines', 'on_training', 'same_again',
+           'shown_value', 'on_configuration', 'ranks_of', 'case_facts', 'written_facts', 'on_data', 'cutoffs',
+           'depth_tables', 'depth_words', 'on_depth', 'part_means', 'badge_words', 'baseline_block', 'on_baselines',
+           'on_slices', 'spent', 'after_best', 'machine', 'on_time', 'severity', 'fix_text', 'findings', 'unfound',
+           'on_findings', 'on_advice', 'on_origin', 'sections', 'as_html', 'as_page', 'as_markdown', 'write_report',
+           'pick_run', 'report_page']
 
 # %% ../nbs/23_report.ipynb #cell-2
 import difflib
@@ -54,7 +54,7 @@ PHRASES |= {
     "best_none": ("No evaluation has given a number yet, so there is no best epoch.", "目前还没有得到数值的评估，因此没有最佳轮次。"),
     "best_is": ("The weights that count are those of epoch {epoch}: {metric} {value} ± {error} on the {split} cases, the highest of {n} evaluations.", "采用轮次 {epoch} 的权重：在{split}样本上 {metric} 为 {value} ± {error}，是 {n} 次评估中的最高值。"),
     "best_so_far": ("Best so far is epoch {epoch}: {metric} {value} ± {error} on the {split} cases, the highest of {n} evaluations.", "目前最佳为轮次 {epoch}：在{split}样本上 {metric} 为 {value} ± {error}，是 {n} 次评估中的最高值。"),
-    "counting": ("Epochs count from 0; “untrained” is the model before its first step.", "轮次从 0 开始计数；“未训练”指第一步之前的模型。"), "of_stage": ("The run has {n} stages; the best epoch is that of the last one, {stage}.", "本次运行含 {n} 个阶段；最佳轮次取自最后一个阶段 {stage}。"),
+    "counting": ("Epochs count from 0; “untrained” is the model before its first step.", "轮次从 0 开始计数；“未训练”指第一步之前的模型。"), "counting_fork": ("Epochs count from 0; “start” is the model as it was taken over from run {fork}, before its first step here.", "轮次从 0 开始计数；“起点”指从运行 {fork} 接续而来、在此尚未训练一步的模型。"), "of_stage": ("The run has {n} stages; the best epoch is that of the last one, {stage}.", "本次运行含 {n} 个阶段；最佳轮次取自最后一个阶段 {stage}。"),
     "curse": ("The highest of several noisy values looks, on average, better than it is. The test value was not chosen and has no such bias.", "从多个含噪声的数值中挑出的最高值平均而言会偏高；测试值未经挑选，没有这种偏差。"),
     "metric": ("metric", "指标"), "best_rule": ("best rule", "最强基线"), "its_value": ("its value", "基线数值"),
     "weights_at": ("The best checkpoint is checkpoints/{name} ({size} MB).", "最佳检查点为 checkpoints/{name}（{size} MB）。"), "weights_none": ("There is no checkpoint of a best epoch in the folder.", "运行目录中没有最佳轮次的检查点。"),
@@ -251,9 +251,14 @@ def best_table(story, protocol, fingerprint):
         rows.append([name, result["test"][name], say("range", a=number(low), b=number(high)), *best_rule(story, name)])
     return Block("table", Table([say("metric"), say("model"), say("interval"), say("best_rule"), say("its_value")], rows, say("test_under", protocol=protocol, fingerprint=fingerprint, n=number(result["n_cases"]))))
 
+def counting(story):
+    "How epochs are counted, and what stands before the first."
+    fork = story.config.get("fork")
+    return story.say("counting_fork", fork=Path(fork).name) if fork else story.say("counting")
+
 def on_best(story):
     c, e, say = story.curves, story.curves.epochs, story.say
-    blocks = [para(join(story, [chosen(story), *([say("counting")] if c.best is not None else [])]))]
+    blocks = [para(join(story, [chosen(story), *([counting(story)] if c.best is not None else [])]))]
     if e.stage.nunique() > 1: blocks.append(para(say("of_stage", n=e.stage.nunique(), stage=e.stage.iloc[-1])))
     if story.result:
         if c.split != "test": blocks.append(para(say("curse")))
@@ -389,7 +394,7 @@ def on_configuration(story):
     config, say = story.config, story.say
     if not config: return [para(say("config_none"))]
     whole = {**part(config, "resolved"), **part(config, "config")}
-    parts = {"run": {k: config.get(k) for k in ("model", "preset", "dataset", "loss", "seed", "precision", "devices", "set")}, "model": part(whole, "model"), "loss": part(whole, "loss"), "data": part(whole, "data"), "fit": {k: v for k, v in part(whole, "fit").items() if k not in ("seed", "precision", "devices")}}
+    parts = {"run": {k: config.get(k) for k in ("model", "preset", "dataset", "fork", "loss", "seed", "precision", "devices", "set")}, "model": part(whole, "model"), "loss": part(whole, "loss"), "data": part(whole, "data"), "fit": {k: v for k, v in part(whole, "fit").items() if k not in ("seed", "precision", "devices")}}
     rows = [[say(f"part_{name}"), k, shown_value(v)] for name, values in parts.items() for k, v in values.items() if v not in (None, "")]
     rows += [[say("part_stage", name=s.get("name")), k, shown_value(v)] for s in stages_of(config) for k, v in s.items() if k != "name"]
     rows += [[say("part_eval"), k, shown_value(v)] for k, v in part(whole, "eval").items()]

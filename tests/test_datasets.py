@@ -165,6 +165,15 @@ def test_own_file(name, sep, tmp_path):
     assert built.split["target"] == "buy" and set(built.counts["sha256"]) == {name}
 
 
+def test_own_file_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "deeper").mkdir()
+    log(tmp_path / "deeper" / "a.csv", header="user,item,behavior,timestamp")
+    monkeypatch.chdir(tmp_path)
+    whole = load(tmp_path / "deeper" / "a.csv").data_hash
+    assert [load(path).data_hash for path in ("deeper/a.csv", "./deeper/a.csv", "deeper")] == [whole] * 3
+    assert "file a.csv" in describe("deeper/a.csv") and str(tmp_path / "deeper") in describe("deeper/a.csv")
+
+
 def test_own_folder(tmp_path):
     log(tmp_path / "events.csv")
     (tmp_path / "README.md").write_text("notes")

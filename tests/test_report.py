@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mbnb.experiment import configure, run_experiment
 from mbnb.plots import LANGS, decimate, static_twin, svg_curves
 from mbnb.report import PHRASES, SECTIONS, pick_run, report_page, tell, write_report
 from mbnb.runs import RunError
@@ -357,3 +358,16 @@ def test_numbers_of_a_report_are_the_run_s(tmp_path):
         and abs(story.curves.at_init - np.log(100)) < 1e-9
         and not story.curves.aux
     )
+
+
+def test_a_fork_is_not_called_untrained(tmp_path):
+    "What stands before its first epoch are the weights of another run; the loss of random scores is no measure for them."
+    common, said = dict(dataset="toyshop-tiny", epochs=1, runs_dir=str(tmp_path), set="eval.bootstrap=50"), []
+    run_experiment(configure(run_name="one", **common), say=said.append)
+    assert any("untrained" in line for line in said)
+    said.clear()
+    fork = run_experiment(configure(run_name="two", fork="one", **common), say=said.append)["path"]
+    assert any(line.startswith("start ") for line in said) and not any("untrained" in line for line in said)
+    text = write_report(fork)["md"].read_text()
+    assert "taken over from run one" in text and "ntrained" not in text
+    assert "| fork | one |" in re.sub(r" +", " ", text)

@@ -39,7 +39,8 @@ def parameters(total, users, rows, embedding=0, limits=THRESHOLDS):
     per_user, per_row = total / users, (total - embedding) / rows
     said = f"{per_user:,.0f} parameters per user, {per_row:,.1f} of the network per training row"
     if per_user <= limits["C02.per_user"] and per_row <= limits["C02.per_row"]: return fine("C02", said, per_user, limits["C02.per_user"])
-    return finding("C02", "W", said, "Take a narrower or shallower model, or more data; compare with a small preset before you trust a gain.", per_user, limits["C02.per_user"])
+    most = "per_row" if per_user <= limits["C02.per_user"] else "per_user"
+    return finding("C02", "W", said, "Take a narrower or shallower model, or more data; compare with a small preset before you trust a gain.", {"per_row": per_row, "per_user": per_user}[most], limits[f"C02.{most}"])
 
 def embedding_share(total, embedding, limits=THRESHOLDS):
     "C03: share of the item vectors among all weights."
@@ -141,9 +142,10 @@ def unread(given, read):
     return finding("C19", "W", f"{', '.join(f'`{k}`' for k in left)}: {len(left)} of {len(given)} changed settings never read", "Remove it, or set what makes the model use it (a head, a form, a loss).", ", ".join(left))
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-18
-def initial_loss(value, expected, limits=THRESHOLDS):
-    "C09: the loss at step 0 beside what its formula dictates."
+def initial_loss(value, expected, graph=False, limits=THRESHOLDS):
+    "C09: the loss at step 0 beside what its formula dictates; `graph`: the model has a graph of the training pairs, and may know them from the start."
     off = value / expected - 1
+    if graph and off < 0: return skipped("C09", f"{value:.3f} at step 0, less than the {expected:.3f} of scores without meaning: the graph holds the pairs that are asked for")
     if abs(off) <= limits["C09.relative"]: return fine("C09", f"{value:.3f} at step 0, expected {expected:.3f}", value, expected)
     return finding("C09", "W", f"the loss is {value:.3f} at step 0, expected {expected:.3f} ({100 * off:+.0f} %)", "Look at sign, scale and temperature of the scores, and at whether the loss is a mean.", value, expected)
 
@@ -204,7 +206,7 @@ def _by_heart(model, batch, loss, weights, limits, lr, seconds):
     if share < limits["C11.share"]: return fine("C11", said, share, limits["C11.share"]), asleep
     falling = np.mean(values[-50:]) < .95 * np.mean(values[-100:-50]) if len(values) > 100 else False
     if math.isfinite(value) and (step < steps or falling): return skipped("C11", f"undecided: {said}, still falling" if falling else f"undecided within {seconds:g} s ({said})"), asleep
-    return finding("C11", "E", f"the loss cannot be overfitted: {said}", "Follow the gradient from the loss to the weights: a detached tensor, a frozen part, a wrong target.", share, limits["C11.share"]), asleep
+    return finding("C11", "E", f"the loss cannot be overfitted: {said}", "Follow the gradient from the loss to the weights: a detached tensor, a frozen part, a wrong target. A model that cannot tell these cases apart (one that reads the last event only, say) is not broken: mute C11 for it.", share, limits["C11.share"]), asleep
 
 def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, rates=(1e-2, 3e-3), seconds=10.):
     """C11 and C13: trains `model` on one Batch, from where it stands and at one rate after the other, until the loss is under a tenth of its start; -> (Card of the best try, names of parameters without a gradient in all steps).
@@ -269,7 +271,7 @@ def check_model(make, model, sequences, loss, stages, config, limits=THRESHOLDS)
         first, n = float(loss(prediction, torch.Generator().manual_seed(0))), checks.choices(fresh, prediction)
     need = 5 * sum(p.numel() * p.element_size() for p in model.parameters())            # weights, gradient, two moments, the best weights
     took = timed_steps(model, loss, sequences, stage, config)
-    cards = [initial_loss(first, loss.at_init(n), limits), reduction(first, n, limits=limits), *_tried(fresh, sequences),
+    cards = [initial_loss(first, loss.at_init(n), hasattr(model, "graph_edges"), limits), reduction(first, n, limits=limits), *_tried(fresh, sequences),
              time_budget(took, per_epoch * sum(s.epochs for s in stages), need, free_memory(), limits),
              patience_cost(stages[-1].patience, stages[-1].epochs, per_epoch * float(np.median(took)), config.min_delta, limits)]
     card, asleep = overfit(fresh, few, loss, weights, limits)

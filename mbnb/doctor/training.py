@@ -402,7 +402,7 @@ def undertrained(metric, se, best=None, ended_by_patience=False, first=0, planne
     steep = n > 2 and se is not None and se > 0 and b > limits["T17.se"] * se and b > limits["T17.scatter"] * e
     if not steep and (best < len(y) - 1 or ended_by_patience): return fine("T17", f"best epoch {first + best} of {first}-{first + len(y) - 1}", b if n > 2 else None)
     rate = f", the last {n} rise by {b:+.4f} an epoch" + (f" ({b / se:.1f} SE)" if se and se > 0 else "") if n > 2 else ""
-    return finding("T17", "W", f"epoch {first + best} is the best of {first}-{first + len(y) - 1}{rate}: the curve had not ended", "Train on until patience ends the run; until then its value is a lower bound and compares budgets.", b if n > 2 else None, limits["T17.se"],
+    return finding("T17", "W", f"epoch {first + best} is the best of {first}-{first + len(y) - 1}{rate}: the curve had not ended", "Train longer, in a new run or a fork of this one, until patience ends it; until then its value is a lower bound and compares budgets.", b if n > 2 else None, limits["T17.se"],
                    patch={"epochs": 2 * planned} if planned else {})
 
 # %% ../../nbs/doctor/03_training.ipynb #cell-67
