@@ -16,6 +16,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import mbnb
@@ -126,6 +127,7 @@ def do_runs(args):
     from mbnb.runs import list_runs
     table = list_runs(args.folder)
     if not len(table): return print(f"no runs in {args.folder}")
+    table["reason"] = [textwrap.shorten(str(reason), 90, placeholder=" ...") for reason in table.reason]
     print(table[["run", "state", "model", "dataset", "NDCG@10", "minutes", "reason"]].to_string(index=False, na_rep="-", float_format="{:.4g}".format))
 
 def show_cards(cards, where, as_json=False):

@@ -538,7 +538,7 @@ def _whole(frame):
     lost = out["timestamp"].is_null()
     return out, [_fault_rows(frame.filter(lost), pl.lit(True), "timestamp", TIME_FAULT)] if lost.any() else []
 
-TIME_FAULT = "not a whole number; expected seconds or milliseconds since 1970 as an integer (floats only if whole and below 2^53)"
+TIME_FAULT = "not a whole number; expected seconds or milliseconds since 1970 as an integer (floats only if whole and below 2^53), or a column of a date type (parquet, data frame)"
 
 def _exact(number):
     "Floats that are whole and exact as Int64; null elsewhere."

@@ -409,6 +409,7 @@ def configure(**parameters):
     """The RunConfig of the given parameters; with `resume`, of the run it names. Parameters given beside `resume` must equal that run's
     own, but for `devices`: RunError with the table of differences if not."""
     p = check_parameters(parameters)
+    if p["fork"] and not (run_folder_of(p, "fork") / "config.json").exists(): raise RunError(f"fork={p['fork']!r}: no run of this name in {p['runs_dir']}; `mbnb runs {p['runs_dir']}` lists what there is")
     if not p["resume"]: return make_config(**parameters)
     path = run_folder_of(p)
     saved = load_run(path).config
