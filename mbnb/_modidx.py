@@ -1522,6 +1522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbnb.lint.curves._patience': ('lint/curves.html#_patience', 'mbnb/lint/curves.py'),
                                   'mbnb.lint.curves._perplexity': ('lint/curves.html#_perplexity', 'mbnb/lint/curves.py'),
                                   'mbnb.lint.curves._scheduler': ('lint/curves.html#_scheduler', 'mbnb/lint/curves.py'),
+                                  'mbnb.lint.curves._too_early': ('lint/curves.html#_too_early', 'mbnb/lint/curves.py'),
                                   'mbnb.lint.curves._validation_loss': ('lint/curves.html#_validation_loss', 'mbnb/lint/curves.py'),
                                   'mbnb.lint.curves._values': ('lint/curves.html#_values', 'mbnb/lint/curves.py'),
                                   'mbnb.lint.curves.course': ('lint/curves.html#course', 'mbnb/lint/curves.py'),

@@ -64,11 +64,21 @@ def patience_cost(report, limits=THRESHOLDS):
     return [finding("C05", "W", f"patience {f.value:.0f} = {said}{share:.0%} of the {c['epochs']} epochs",
         "Shorten patience, evaluate less often, or ask for a least improvement of half a standard error.", share, limits["C05.share"], report.at(f.line))]
 
+_STOPPED = re.compile(r"(?<!not )(?<!no )(?:stopp(?:ed|ing) early|early[- ]stopp(?:ed\b|ing (?:at|after|triggered|ended|stopped)))|(?<!未)(?<!没有)触发(?:了)?早停|早停(?:于|触发)", re.I | re.A)
+
+def _too_early(report, c, f):
+    "Patience is said to have ended a run that went on for fewer epochs than it allows."
+    at = next((l.no for l in report.doc.unique if _STOPPED.search(l.text)), None)
+    if at is None or not (report.count("last_epoch", proposal=False) or report.count("epochs_run", proposal=False)): return []
+    return [finding("C06", "W", f"patience {f.value:.0f} is said to have ended the run, but epoch {c['last']} is only {c['flat']} after the best, {c['best']}",
+        "Find out what ended the run, or which epoch was the best.", c["flat"], f.value, report.at(at))]
+
 def patience_meaning(report, limits=THRESHOLDS):
     "C06: how patience was read, in words."
     c = course(report)
     f = _patience(report, c["flat"])
-    if not f or c["flat"] is None or c["flat"] < f.value: return []
+    if not f or c["flat"] is None: return []
+    if c["flat"] < f.value: return _too_early(report, c, f)
     strict = c["flat"] == f.value + 1
     due = c["best"] + f.value
     if c["flat"] > f.value + 1: said = f"patience {f.value:.0f} would have stopped after epoch {due:.0f} (`>=`) or {due + 1:.0f} (`>`), but the run ended at epoch {c['last']}"

@@ -293,6 +293,7 @@ _NEGATIVES = re.compile(_NUM + r"\s*(?:个)?\s*(?:(?:random|sampled|uniform|unif
     r"(?:随机|均匀|采样的?|热门)*(?:负样本|负例))", re.I | re.A)
 _MANY = {"k": 1e3, "m": 1e6, "b": 1e9, "million": 1e6, "billion": 1e9}
 _PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s?(k|m|b|\s?million|\s?billion)\s*(?:trainable |total |model )?(?:parameters|params|参数)", re.I | re.A)
+_PATIENCE = re.compile(r"(?<=[a-z] )patience (?:of |was |is )?(\d+)\b(?!\.\d|\s*(?:→|->|=>|to\b))", re.I | re.A)
 _EVALUATED = re.compile(r"evaluat|\brank(?:ed|ing|s)?\b|\btest|valid|candidate|评估|评测|验证|测试|候选", re.I | re.A)
 _FRACTION = re.compile(r"(?<![\d.,])(\d{1,5})\s*/\s*(\d{1,3}(?:,\d{3})+|\d{3,})\s*=\s*\d+(?:\.\d+)?\s*%")
 
@@ -315,6 +316,7 @@ def sentence_facts(line):
     out += [Fact("parameters", float(m[1]) * _MANY[m[2].strip().lower()], last_digit(m[1]) * _MANY[m[2].strip().lower()], line.no, "setting",
                  plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no),
                  about=bool(re.search(r"[~≈约]\s?$|about $", t[:m.start()])), text=m[0].split("p")[0].strip(), context=t) for m in _PARAMETERS.finditer(t)]
+    out += [Fact("patience", float(m[1]), 1., line.no, "setting", plan=is_plan("", line), proposal=is_proposal(line), group=("line", line.no), text=m[1], context=t) for m in _PATIENCE.finditer(t)]
     for name, pattern in _RUNS:
         m = pattern.search(t)
         if m and not (name == "last_epoch" and "如果" in t): out.append(Fact(name, float(m[1]), 1., line.no, "run", plan=is_plan("", line), proposal=is_proposal(line),
