@@ -155,7 +155,7 @@ def do_doctor(args):
 def do_lint(args):
     "The linter's cards of reports that somebody wrote."
     from mbnb.lint import lint_files
-    return show_cards(lint_files(args.files), "lint of", args.json)
+    return show_cards(lint_files(args.files, every=not args.json), "lint of", args.json)        # the tally tells "nothing wrong" from "nothing to look at"
 
 def do_report(args):
     "Writes report.html and report.md of a run."

@@ -52,7 +52,7 @@ def _silent(report, id):
     missing, there = NEEDS.get(id, ("any fact", lambda r: bool(r.facts)))
     return fine(id) if there(report) else skipped(id, f"the text holds no {missing.removeprefix('a ').removeprefix('any ')}")
 
-def lint_files(paths):
-    "{path as given: [Card]}; LintError names the first file that cannot be read."
+def lint_files(paths, every=False):
+    "{path as given: [Card]}, as `lint_report`; LintError names the first file that cannot be read."
     from pathlib import Path
-    return {str(p): lint_report(Path(p)) for p in paths}
+    return {str(p): lint_report(Path(p), every) for p in paths}
