@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbnb.doctor.data._short': ('doctor/data.html#_short', 'mbnb/doctor/data.py'),
                                   'mbnb.doctor.data._some': ('doctor/data.html#_some', 'mbnb/doctor/data.py'),
                                   'mbnb.doctor.data._split': ('doctor/data.html#_split', 'mbnb/doctor/data.py'),
+                                  'mbnb.doctor.data._untimed': ('doctor/data.html#_untimed', 'mbnb/doctor/data.py'),
                                   'mbnb.doctor.data.alike': ('doctor/data.html#alike', 'mbnb/doctor/data.py'),
                                   'mbnb.doctor.data.behavior_counts': ('doctor/data.html#behavior_counts', 'mbnb/doctor/data.py'),
                                   'mbnb.doctor.data.best_copy': ('doctor/data.html#best_copy', 'mbnb/doctor/data.py'),

@@ -768,5 +768,5 @@ def read_user_lists(path, *, behavior="interact", encoding="utf-8", on_bad_rows=
     frame = pl.DataFrame({"user": list(lines), "item": list(lines.values())}, schema={"user": pl.String, "item": pl.List(pl.String)}).explode("item")
     row = pl.int_range(len(frame), dtype=pl.Int64)
     frame = frame.with_columns(behavior=pl.lit(behavior), timestamp=row, row=row)
-    counts = {"lines": n, "bad_rows": len(bad)} | _figures(frame) | {"unit": "order", "unit_from": "file order"}
+    counts = {"lines": n, "bad_rows": len(bad)} | _figures(frame) | {"unit": "order", "unit_from": "list order"}
     return Events(frame, "order", t.path.name, counts)

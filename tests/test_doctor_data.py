@@ -209,6 +209,14 @@ def test_D07_duplicates(tiny):
     assert data.duplicates(*[np.append(x, x[:600]) for x in columns]).severity == "W"
 
 
+def test_D08_a_log_without_times(tmp_path):
+    "Row order is taken for time, and that is said."
+    rows = [f"u{u},i{(u + k) % 9},view" for u in range(30) for k in range(6)]
+    (tmp_path / "a.csv").write_text("\n".join(["user,item,behavior", *rows]) + "\n")
+    card, = [c for c in data.check_data(datasets.load(tmp_path / "a.csv"), max_len=20) if c.id == "D08"]
+    assert card.severity == "I" and "no column of times" in card.message
+
+
 def test_D08_time_stamps(tiny):
     owner = np.repeat(np.arange(200), np.diff(tiny.offsets))
     late = tiny.time.max() + 10

@@ -390,7 +390,7 @@ def order_matters(ordered, shuffled, name="the model", metric="NDCG@10", limits=
     drop, error = 1 - b.mean() / a.mean(), (a - b).std(ddof=1) / len(a) ** .5 / a.mean() if len(a) > 1 and len(a) == len(b) else 0
     told = f"shuffling the histories costs {name} {100 * drop:.1f} %{f' (standard error {100 * error:.1f})' if error else ''} of its {metric}: {a.mean():.4f} -> {b.mean():.4f}"
     if drop >= limits["D14.drop"]: return fine("D14", told, drop, limits["D14.drop"])
-    if drop + 1.96 * error >= limits["D14.drop"]: return finding("D14", "I", f"{told}, too few cases to tell", "Look again with more test cases before you call the order worthless.", drop, limits["D14.drop"])
+    if drop + 1.96 * error >= 4 * limits["D14.drop"]: return finding("D14", "I", f"{told}, too few cases to tell", "Look again with more test cases before you call the order worthless.", drop, limits["D14.drop"])
     return finding("D14", "W", f"{told}, order carries little", "Compare with a model of the set of items (item_knn), and look whether the data has an order at all.", drop,
                    limits["D14.drop"])
 
@@ -472,6 +472,12 @@ def _given(sequences, printed, sides, codes, graph, known, limits):
     stages = mixed_stages(counts, known or {s.name: stages_of(s)}, limits) if counts else skipped("D15", "no printed counts")
     return {"D01": [stats], "D04": cover, "D05": fill, "D06": [bijection(codes, limits=limits)], "D15": [stages], "D16": [leak]}
 
+def _untimed(s):
+    "D08 of a log without a column of times; None of any other set without times."
+    file = s.counts.get("file")
+    if not isinstance(file, dict) or file.get("unit_from") != "file order": return None
+    return finding("D08", "I", "the file has no column of times: its row order is taken for the order of events", "Check that the rows are sorted by time, or name the column: columns={'timestamp': ...}.")
+
 def _prepared(sequences, max_len, now, limits):
     "Cards of the checks on events and their order: {id: [cards]}."
     s, length = sequences, np.concatenate([sequences.cases(split).length for split in ("train", "valid", "test")])
@@ -480,7 +486,7 @@ def _prepared(sequences, max_len, now, limits):
     stamps = "the set has an order but no time stamps"
     return {"D02": [split_lengths(s, limits)], "D03": [padding(length, max_len, limits)],
             "D07": [skipped("D07", stamps) if order else duplicates(owner, s.item, s.behavior, s.time, limits)],
-            "D08": [skipped("D08", stamps) if order else time_stamps(s.time, owner, s.unit, now, tied, limits)],
+            "D08": [_untimed(s) or skipped("D08", stamps) if order else time_stamps(s.time, owner, s.unit, now, tied, limits)],
             "D09": [funnel(behavior_counts(s), [s.behaviors[b] for b in s.target_behaviors], s.split.get("collapse", False), limits)]}
 
 def _split(sequences, plans, rules, valid_rules, limits):
