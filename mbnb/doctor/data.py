@@ -476,7 +476,7 @@ def _untimed(s):
     "D08 of a log without a column of times; None of any other set without times."
     file = s.counts.get("file")
     if not isinstance(file, dict) or file.get("unit_from") != "file order": return None
-    return finding("D08", "I", "the file has no column of times: its row order is taken for the order of events", "Check that the rows are sorted by time, or name the column: columns={'timestamp': ...}.")
+    return finding("D08", "I", f"the file has no column of times: the order of its {file['rows']:,} rows is taken for the order of events", "Check that the rows are sorted by time, or name the column: columns={'timestamp': ...}.")
 
 def _prepared(sequences, max_len, now, limits):
     "Cards of the checks on events and their order: {id: [cards]}."
