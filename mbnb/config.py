@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'SIZES', 'check_type', 'check_parameters', 'given_parameters',
-           'parts_of_set', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of',
-           'advised', 'make_config', 'data_options', 'check_model']
+           'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage',
+           'preset_of', 'advised', 'make_config', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -65,23 +65,30 @@ def parts_of_set(text):
     if quote or depth: raise ConfigError(f"set: {text!r} has {'an open quote ' + quote if quote else 'a bracket without its partner'}")
     return [p for p in parts if p]
 
-def read_value(key, value):
-    "A value of `set`: a Python literal as it stands, or what is left of it without its quotes; ConfigError for a broken list or dict."
-    if value.strip("'\"") == r"\t": return "\t"
-    for text in (value, " ".join(shlex.split(value))):
-        try: return ast.literal_eval(text) if text[:1] not in "'\"" else ast.literal_eval(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError): continue
+def set_items(text):
+    "The parts of a `set` as [(section.field, value as text, without quotes around it)]."
+    out = []
+    for part in parts_of_set(text):
+        quoted = part[0] in "'\""
+        key, eq, value = (shlex.split(part)[0] if quoted else part).partition("=")
+        if not eq or "." not in key: raise ConfigError(f"set: {part!r} is not of the form section.field=value, with section one of {', '.join(SECTIONS)}")
+        if value.strip("'\"") == r"\t": value = "\t"
+        elif not quoted and value[:1] not in ("[", "{", "("): value = " ".join(shlex.split(value))
+        out.append((key, value))
+    return out
+
+def read_value(key, text):
+    "A value of `set`: a Python literal, or else the text; ConfigError for a broken list or dict."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): pass
     if text[:1] in ("[", "{"): raise ConfigError(f"set: {key}={text} is neither a list nor a dict; names stand in quotes, as in data.columns={{'user': 'uid'}}, and the whole of it in those of the shell")
     return text
 
 def parse_set(text):
     "\"model.d_model=128 fit.clip=1.0\" -> {section: {field: value}}."
     found = {s: {} for s in SECTIONS}
-    for part in parts_of_set(text):
-        if part[0] in "'\"": part = shlex.split(part)[0]
-        key, eq, value = part.partition("=")
-        section, dot, name = key.partition(".")
-        if not eq or not dot: raise ConfigError(f"set: {part!r} is not of the form section.field=value, with section one of {', '.join(SECTIONS)}")
+    for key, value in set_items(text):
+        section, _, name = key.partition(".")
         if section not in SECTIONS: raise unknown("section of set", section, SECTIONS)
         found[section][name] = read_value(key, value)
     return found

@@ -35,7 +35,7 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of, set_items
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, first_name, shown_rules, static_twin, untrained_loss
@@ -375,7 +375,7 @@ class TrainPanel:
         self.runs_dir, self.run, self.tail, self.child, self.message, self.page = Path(runs_dir), None, None, None, "", "setup"
         self.axis, self.extra, self.twin, self._twin_of, self._listed, self._best = AXES[0], EXTRAS[0], None, None, (0., []), {}
         self._drawn, self.preflight, self.ahead = None, {}, {}
-        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(p.split("=", 1) for p in shlex.split(parameters.get("set", "")))
+        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(set_items(parameters.get("set", "")))
         self.face = Face(panel_id=os.urandom(6).hex())
         self.face.on_msg(lambda _, content, buffers: self.hear(content))
         live = [r["id"] for r in self.listed() if r["state"] in LIVE]
@@ -534,8 +534,9 @@ def _fix(panel, content):
     for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead[key] = f"{panel.ahead.get(key, '')} {value}".strip() if key == "set" else value
 
 def _mute(panel, content):
-    muted = dict(p.split("=", 1) for p in shlex.split(panel.ahead.get("set", ""))).get("doctor.mute", "")
-    panel.ahead["set"] = " ".join([p for p in map(shlex.quote, shlex.split(panel.ahead.get("set", ""))) if "doctor.mute" not in p] + [shlex.quote(f"doctor.mute={muted} {content['id']}".replace("= ", "="))])
+    ahead = dict(set_items(panel.ahead.get("set", "")))
+    ahead["doctor.mute"] = f"{ahead.get('doctor.mute', '')} {content['id']}".strip()
+    panel.ahead["set"] = " ".join(f"{k}={shlex.quote(v)}" for k, v in ahead.items())
 
 def _resume(panel, content):
     if panel.run.status["state"] == "paused": return send_request(panel.run.path, "resume")
@@ -543,9 +544,8 @@ def _resume(panel, content):
 
 def _fork(panel, content):
     config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in (*LEFT_OUT, "run_name") and v != PARAMETERS[k]}
-    of_set = lambda text: dict(p.split("=", 1) for p in shlex.split(text))
-    ahead = {k: v for k, v in panel.ahead.items() if k != "set"} | of_set(panel.ahead.get("set", ""))
-    panel.chosen, panel.page, panel.ahead = config | of_set(panel.run.config.get("set", "")) | {"fork": panel.run.id} | ahead, "setup", {}
+    ahead = {k: v for k, v in panel.ahead.items() if k != "set"} | dict(set_items(panel.ahead.get("set", "")))
+    panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | ahead, "setup", {}
 
 def _stop_now(panel, content):
     pid = panel.run.status.get("pid")
