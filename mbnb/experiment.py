@@ -381,6 +381,7 @@ def prepare(config, bad_rows_to):
     model, model_config = build_model(config, sequences, items)
     if config.parameters["fork"]:
         parent = run_folder_of(config.parameters, "fork")
+        if not (parent / "config.json").exists(): raise RunError(f"fork={config.parameters['fork']!r}: no run of this name in {parent.parent}; `mbnb runs {parent.parent}` lists what there is")
         if ids_of(items) is not None: same_ids(parent, items["ids"])
         start_from(model, model_config, parent)
     meta = {"config": config.to_dict()["resolved"] | {"model": model_config}, "data_hash": sequences.data_hash, "split_hash": sequences.split_hash} | ({"items": items.sources()} if items else {})
@@ -409,7 +410,6 @@ def configure(**parameters):
     """The RunConfig of the given parameters; with `resume`, of the run it names. Parameters given beside `resume` must equal that run's
     own, but for `devices`: RunError with the table of differences if not."""
     p = check_parameters(parameters)
-    if p["fork"] and not (run_folder_of(p, "fork") / "config.json").exists(): raise RunError(f"fork={p['fork']!r}: no run of this name in {p['runs_dir']}; `mbnb runs {p['runs_dir']}` lists what there is")
     if not p["resume"]: return make_config(**parameters)
     path = run_folder_of(p)
     saved = load_run(path).config
