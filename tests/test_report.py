@@ -365,7 +365,8 @@ def test_a_fork_is_not_called_untrained(tmp_path):
     common, said = dict(dataset="toyshop-tiny", epochs=1, runs_dir=str(tmp_path), set="eval.bootstrap=50"), []
     run_experiment(configure(run_name="one", **common), say=said.append)
     assert any("untrained" in line for line in said)
-    with pytest.raises(RunError, match="fork='noe': no run of this name"): run_experiment(configure(run_name="none", fork="noe", **common), say=said.append)
+    with pytest.raises(RunError, match="fork='noe': no run of this name"):
+        run_experiment(configure(run_name="none", fork="noe", **common), say=said.append)
     said.clear()
     fork = run_experiment(configure(run_name="two", fork="one", **common), say=said.append)["path"]
     assert any(line.startswith("start ") for line in said) and not any("untrained" in line for line in said)
