@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'SIZES', 'check_type', 'check_parameters', 'given_parameters',
-           'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage',
-           'preset_of', 'advised', 'make_config', 'data_options', 'check_model']
+           'first_name', 'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig',
+           'by_stage', 'preset_of', 'advised', 'make_config', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -51,6 +51,10 @@ def given_parameters(names):
             and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/20b_config.ipynb #cell-8
+def first_name(parameters):
+    "What the model of a run is called before its first epoch: \"untrained\", or of a fork \"start\"."
+    return "start" if parameters.get("fork") else "untrained"
+
 SECTIONS = ("model", "loss", "fit", "data", "eval", "doctor")
 
 def parts_of_set(text):

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from . import datasets
-from .config import PARAMETERS, SIZES, STAGE_KEYS, EvalConfig, RunConfig, check_parameters, make_config, parse_set
+from .config import PARAMETERS, SIZES, STAGE_KEYS, EvalConfig, RunConfig, check_parameters, first_name, make_config, parse_set
 from .doctor import DoctorError, mute, read_cards, skipped, tally, worst_first
 from .doctor import across, config as before, data as of_data, parity, run as after, training
 from .evaluators import baselines, metrics, protocols, ranks, stats
@@ -654,7 +654,7 @@ def _loop(config, run, parts, clock, say, control, findings, watch, team):
         if record["kind"] == "epoch":
             clock.evaluate += record["eval_seconds"]
             times = [*times, record["train_seconds"] + record["eval_seconds"]] if "train_seconds" in record else []           # a new stage has its own pace
-            say(epoch_line(record, config.stages, times, config.fit.targets, "start" if config.parameters["fork"] else "untrained"))
+            say(epoch_line(record, config.stages, times, config.fit.targets, first_name(config.parameters)))
             reason = record.get("ends", reason)
         if worth_saving(config, record, state): collect_state(parts, team); keep_progress(control, parts, record, say)
         if decided(team, state, control.wanted() and not state.done):
@@ -814,6 +814,7 @@ def finished(say=print, **parameters):
 # %% ../nbs/21_experiment.ipynb #cell-46
 def look_before(config):
     "Preflight of a RunConfig by itself: data, rules, model; nothing is written."
+    config = replace(config, data={k: v for k, v in config.data.items() if k != "bad_rows_to"})
     with tempfile.TemporaryDirectory() as room: parts = prepare(config, str(Path(room) / "bad_rows.csv"))
     return preflight(config, parts, baseline_table(rank_rules(parts.sequences, "test", parts.plans)))
 

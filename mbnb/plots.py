@@ -7,10 +7,9 @@ __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MAR
            'loss_figure', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table', 'result_table', 'protocol_tables',
            'slice_table', 'config_table', 'result_text', 'runs_table', 'verdict_table', 'speak', 'decimate', 'ticks',
            'text_width', 'apart', 'number', 'short', 'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part',
-           'stages_of', 'epoch_frame', 'best_row', 'monitor', 'first_name', 'untrained_loss', 'svg_loss', 'svg_metric',
-           'svg_curves', 'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts',
-           'split_word', 'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin',
-           'cards_page']
+           'stages_of', 'epoch_frame', 'best_row', 'monitor', 'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves',
+           'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts', 'split_word',
+           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin', 'cards_page']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from .config import first_name
 from .events import MbnbError
 from .runs import best_words, Run, RunError, Tail, load_run, read_json
 
@@ -380,10 +380,6 @@ def monitor(epochs, config):
     own = next((n for m in epochs.metrics for n in m if str(n).startswith("NDCG@10") and "/user" not in n), None)
     first = str(config.get("protocol") or "full").split(",")[0].strip()
     return own or ("NDCG@10" if first == "full" else f"NDCG@10[{first}]")
-
-def first_name(config):
-    "What the model of a config was before its first epoch: \"untrained\", or of a fork \"start\"."
-    return "start" if config.get("fork") else "untrained"
 
 def untrained_loss(config):
     "-> (loss expected of an untrained model or None, are there terms beside the main one): what the loss says of itself, times the weight of the main term."

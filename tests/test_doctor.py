@@ -204,3 +204,21 @@ def test_a_rate_that_is_too_high_is_not_a_broken_model():
         return overfit(model, few, CE(), seconds=60, **rates)[0]
 
     assert card(rates=(1e-2,)).severity != "ok" and card().severity == "ok"
+
+
+def test_bad_rows_are_set_aside_for_a_look_and_for_a_run(tmp_path):
+    "A look before a run writes nothing; a run writes where it is told to, and says what was wrong where nothing is set aside."
+    rows = [f"u{u},i{(u + k) % 40},view,{k}" for u in range(60) for k in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join(["user,item,behavior,timestamp", *rows, "u1,i2,view,soon"]) + "\n")
+    aside, given = tmp_path / "aside.csv", dict(dataset=str(tmp_path / "a.csv"), epochs=1, runs_dir=str(tmp_path))
+    more = f"{SMALL} data.on_bad_rows=quarantine data.bad_rows_to={aside}"
+    assert {"D01", "C11"} <= {c.id for c in doctor(configure(**given, set=more))} and not aside.exists()
+    run_experiment(configure(**given, set=more), say=lambda line: None)
+    assert "soon" in aside.read_text()
+    with pytest.raises(DataError, match="(?s)found 'soon'.*-p set 'data.on_bad_rows="):
+        run_experiment(configure(**given, set=SMALL), say=lambda line: None)
+
+
+def test_a_finished_run_hears_nothing_twice(tmp_path):
+    found = doctor(run(tmp_path))
+    assert len(found) == len({(c.id, c.severity, c.message) for c in found})

@@ -11,7 +11,8 @@ import pytest
 
 from mbnb import panel as room
 from mbnb.experiment import configure, run_experiment
-from mbnb.panel import TrainPanel, attach, start_run
+from mbnb.config import parse_set
+from mbnb.panel import TrainPanel, attach, parameters_of, start_run
 from mbnb.runs import RunError, RunFolder, Tail, load_run, send_request
 
 SMALL = {"dataset": "toyshop-tiny", "epochs": 2, "set": "model.d_model=16 eval.bootstrap=50"}
@@ -180,3 +181,10 @@ def test_a_killed_viewer_changes_nothing(tmp_path, finished):
     a, b = Tail(folder), Tail(finished.path)
     a.read(), b.read()
     assert (a.steps["loss"] == b.steps["loss"]).all()
+
+
+def test_a_panel_takes_lists_and_dicts_as_a_run_does(tmp_path):
+    "What the form holds gives the same settings as the `set` it came from."
+    text = """data.columns={"user": "uid"} data.names=['a', 'b'] fit.clip=1.0 'fit.optimizer=adam w'"""
+    made = parameters_of(TrainPanel(runs_dir=tmp_path, set=text).chosen)
+    assert parse_set(made["set"]) == parse_set(text)

@@ -135,7 +135,7 @@ def grade(value, **bounds):
 # %% ../../nbs/doctor/00_card.ipynb #cell-14
 THRESHOLDS = {
     "D01.average": .01, "D01.sparsity": 1e-4, "D02.events": 3, "D02.training": 2, "D03.padding": .75, "D03.truncated": .2, "D04.info": 1., "D04.warn": .95, "D04.error": .5,
-    "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D17.same": .01,
+    "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D14.unsure": .2, "D17.same": .01,
     "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900., "C05.least": 60.,
     "C09.relative": .15, "C10.z": 5., "C11.share": .1, "C11.steps": 300, "C12.change": 1e-5, "C13.change": 1e-6, "C13.steps": 50, "C14.change": 1e-4, "C15.relative": 1e-3, "C17.groups": 1, "C20.times": 5.,
     "T01.retries": 3, "T02.mad": 6., "T02.window": 100, "T02.least": 50, "T02.tail": 2.5, "T03.warn": 3., "T03.error": 10., "T03.seconds": 1., "T03.single": 5., "T03.first": 50, "T04.se": 2., "T05.loss": .005, "T05.epochs": 5, "T05.risen": 2., "T06.epochs": 3, "T06.se": 2., "T07.budget": .2,

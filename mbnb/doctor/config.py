@@ -145,8 +145,8 @@ def unread(given, read):
 def initial_loss(value, expected, graph=False, limits=THRESHOLDS):
     "C09: the loss at step 0 beside what its formula dictates; `graph`: the model has a graph of the training pairs, and may know them from the start."
     off = value / expected - 1
-    if graph and off < 0: return skipped("C09", f"{value:.3f} at step 0, less than the {expected:.3f} of scores without meaning: the graph holds the pairs that are asked for")
     if abs(off) <= limits["C09.relative"]: return fine("C09", f"{value:.3f} at step 0, expected {expected:.3f}", value, expected)
+    if graph and off < 0: return finding("C09", "I", f"the loss is {value:.3f} at step 0, less than the {expected:.3f} of scores without meaning: the graph holds the pairs that are asked for", "Judge by test pairs, which stand in no graph; D16 looks for that.", value, expected)
     return finding("C09", "W", f"the loss is {value:.3f} at step 0, expected {expected:.3f} ({100 * off:+.0f} %)", "Look at sign, scale and temperature of the scores, and at whether the loss is a mean.", value, expected)
 
 def excess(share, chance, n):

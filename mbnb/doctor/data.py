@@ -390,7 +390,7 @@ def order_matters(ordered, shuffled, name="the model", metric="NDCG@10", limits=
     drop, error = 1 - b.mean() / a.mean(), (a - b).std(ddof=1) / len(a) ** .5 / a.mean() if len(a) > 1 and len(a) == len(b) else 0
     told = f"shuffling the histories costs {name} {100 * drop:.1f} %{f' (standard error {100 * error:.1f})' if error else ''} of its {metric}: {a.mean():.4f} -> {b.mean():.4f}"
     if drop >= limits["D14.drop"]: return fine("D14", told, drop, limits["D14.drop"])
-    if drop + 1.96 * error >= 4 * limits["D14.drop"]: return finding("D14", "I", f"{told}, too few cases to tell", "Look again with more test cases before you call the order worthless.", drop, limits["D14.drop"])
+    if drop + 1.96 * error >= limits["D14.unsure"]: return finding("D14", "I", f"{told}, too few cases to tell", "Look again with more test cases before you call the order worthless.", drop + 1.96 * error, limits["D14.unsure"])
     return finding("D14", "W", f"{told}, order carries little", "Compare with a model of the set of items (item_knn), and look whether the data has an order at all.", drop,
                    limits["D14.drop"])
 
