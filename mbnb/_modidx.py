@@ -1011,6 +1011,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbnb.events._header': ('events.html#_header', 'mbnb/events.py'),
                              'mbnb.events._id_text': ('events.html#_id_text', 'mbnb/events.py'),
                              'mbnb.events._in_step': ('events.html#_in_step', 'mbnb/events.py'),
+                             'mbnb.events._iso': ('events.html#_iso', 'mbnb/events.py'),
                              'mbnb.events._judge': ('events.html#_judge', 'mbnb/events.py'),
                              'mbnb.events._known': ('events.html#_known', 'mbnb/events.py'),
                              'mbnb.events._list_faults': ('events.html#_list_faults', 'mbnb/events.py'),

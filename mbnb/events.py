@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAULT', 'PLACE', 'MOST_BAD', 'NAMED', 'BAD_ROWS', 'REMEDY', 'SEPS', 'BOMS', 'UNIT_SEP', 'TYPED', 'MOST_LINES',
-           'QUOTED', 'CHUNK', 'ROWS', 'SILENT', 'OURS', 'TAKEN', 'LIKELY', 'TIME_FAULT', 'FLOOR', 'S_TO_MS', 'MS_TO_US',
-           'DAY', 'WORDS', 'UNITS', 'GEAR_LOG', 'LIST_COLUMNS', 'MbnbError', 'DataError', 'Events', 'ListRows',
-           'read_events', 'from_frame', 'canonical', 'read_lists', 'read_user_lists']
+           'QUOTED', 'CHUNK', 'ROWS', 'SILENT', 'OURS', 'TAKEN', 'LIKELY', 'TIME_FAULT', 'ISO_FORMATS', 'FLOOR',
+           'S_TO_MS', 'MS_TO_US', 'DAY', 'WORDS', 'UNITS', 'GEAR_LOG', 'LIST_COLUMNS', 'MbnbError', 'DataError',
+           'Events', 'ListRows', 'read_events', 'from_frame', 'canonical', 'read_lists', 'read_user_lists']
 
 # %% ../nbs/00_events.ipynb #cell-2
 import codecs
@@ -535,14 +535,24 @@ def _whole(frame):
     elif kind == pl.String: number = raw.cast(pl.Int64, strict=False).fill_null(_exact(raw.str.strip_chars().cast(pl.Float64, strict=False)))
     else: return frame.with_columns(timestamp=pl.lit(None, pl.Int64)), [_fault_rows(frame, pl.lit(True), "timestamp", f"is of type {kind}; expected a whole number since 1970")]
     out = frame.with_columns(timestamp=number)
+    if kind == pl.String and out["timestamp"].null_count(): out = min(out, frame.with_columns(timestamp=_iso(raw)), key=lambda f: f["timestamp"].null_count())
     lost = out["timestamp"].is_null()
     return out, [_fault_rows(frame.filter(lost), pl.lit(True), "timestamp", TIME_FAULT)] if lost.any() else []
 
-TIME_FAULT = "not a whole number; expected seconds or milliseconds since 1970 as an integer (floats only if whole and below 2^53), or a column of a date type (parquet, data frame)"
+TIME_FAULT = ("not a whole number, and no ISO date; expected seconds or milliseconds since 1970 as a whole number (floats only if whole and below 2^53), an ISO date such as 2017-11-25 00:00:01 "
+              "(no finer than milliseconds), or a column of a date type (parquet, data frame)")
+ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 
 def _exact(number):
     "Floats that are whole and exact as Int64; null elsewhere."
     return pl.when(number.is_finite() & (number == number.floor()) & (number.abs() <= 2**53)).then(number).cast(pl.Int64, strict=False)
+
+def _iso(text):
+    "ISO dates, with or without a time of day and a zone (none: UTC), as milliseconds since 1970; null elsewhere."
+    text = text.str.strip_chars().str.replace("T", " ", literal=True).str.replace("Z$", "")
+    zoned = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", time_unit="us", strict=False).dt.replace_time_zone(None)
+    us = pl.coalesce(*(text.str.to_datetime(f, time_unit="us", strict=False) for f in ISO_FORMATS), zoned).dt.epoch("us")
+    return pl.when(us % 1000 == 0).then(us // 1000)
 
 # %% ../nbs/00_events.ipynb #cell-61
 FLOOR, S_TO_MS, MS_TO_US = 10**8, 10**11, 10**14

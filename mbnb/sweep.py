@@ -350,7 +350,10 @@ def papermill_command(parameters, page="nbs/train.ipynb", output="out.ipynb"):
 
 def best_trial(name, runs_dir="runs"):
     "The finished Trial that is best on validation; RunError where there is none, or where trials saw different data."
-    done = [t for t in (looked_up(t, runs_dir) for t in read_trials(sweep_path(runs_dir, name))) if t.state == "done" and t.measures.get("value") is not None]
+    trials = [looked_up(t, runs_dir) for t in read_trials(sweep_path(runs_dir, name))]
+    done, failed = [t for t in trials if t.state == "done" and t.measures.get("value") is not None], [t for t in trials if t.state == "failed"]
+    if not done and failed:
+        raise RunError(f"sweep {name}: no trial is finished, {len(failed)} failed; trial {failed[0].number}: {failed[0].reason} Mend the cause, and start the sweep again with failed=retry")
     if not done: raise RunError(f"sweep {name}: no trial is finished yet")
     if len({t.measures["cases"] for t in done}) > 1: raise RunError(f"sweep {name}: the data changed between its trials, so none of them is the best; start it again under another name")
     return max(done, key=lambda t: (t.measures["value"], -t.number))

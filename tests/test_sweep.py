@@ -317,6 +317,7 @@ def test_a_failed_trial_says_why_and_stays_failed(tmp_path):
     def refused(parameters): return [sys.executable, "-c", "import sys; sys.exit('mbnb: d_model and heads do not fit')"]
     table, _ = sweep(tmp_path, "refused", space={"lr": [.5]}, command=refused)
     assert table.reason.tolist() == ["d_model and heads do not fit"]
+    with pytest.raises(RunError, match="1 failed; trial 0: d_model and heads do not fit .*failed=retry"): best_command("refused", tmp_path)
     sweep(tmp_path, space={"lr": [.5, .1]})
     assert starts(tmp_path) == [0, 1]
 

@@ -306,6 +306,15 @@ def test_f38_seconds_stay_apart(tmp_path):
         assert read_events(typed(tmp_path / "a.parquet", times, kind)).frame["timestamp"].to_list() == times
 
 
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.000+00:00"])
+def test_iso_dates_of_a_text_file(tmp_path, form):
+    dated = lambda k: f"u{k % 97},i{k % 89},view,{time.strftime(form, time.gmtime(T0 + k))}"
+    events = read_events(log(tmp_path / "a.csv", rows(50, {k: dated(k) for k in range(50)})))
+    assert events.unit == "ms" and events.frame["timestamp"].to_list() == [(T0 + k) * 1000 for k in range(50)]
+    text = message(read_events, log(tmp_path / "a.csv", rows(50, {k: dated(k) for k in range(49)})))
+    for part in ("1 of 50 rows is bad", "line 51 (row 49", f"'{T0 + 49}'", "ISO date"): assert part in text
+
+
 # ---- F39 bad times ----
 
 @pytest.mark.parametrize("bad,said", [
