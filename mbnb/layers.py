@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .sequences import asked_behaviors, next_items
+
 # %% ../nbs/02_layers.ipynb #cell-5
 def keep_mask(shape, p, dtype=torch.float32):
     "Random mask of `shape` on the CPU: 0 with probability round(256 p)/256, else the scale that keeps the mean at 1."
@@ -86,7 +88,7 @@ class Cloze:
     real: torch.Tensor          # no padding
     masked: torch.Tensor        # the item is hidden
     label: torch.Tensor         # the hidden item where it is asked for, else 0
-    done: torch.Tensor          # the behavior that was done, hidden or not; not for models that must guess it
+    done: torch.Tensor          # the behavior that was done, at a hidden slot the one it is asked by; not for models that must guess it
 
 def cloze(batch, max_len, mask_id, p=0., most=40):
     """The newest `max_len` events of a Batch and the target's slot as a Cloze. With `p` each event is hidden with that probability, a pair being the bounds between which each row draws its own, and the newest
@@ -100,10 +102,11 @@ def cloze(batch, max_len, mask_id, p=0., most=40):
     if asks: hidden = (torch.rand(item.shape, device=item.device) < p).gather(1, first.cumsum(1) - 1) & (item != 0)
     one = torch.ones_like(item[:, :1])
     join = lambda a, last: torch.cat([a, one * last], 1)
-    label = join(item * (hidden & first), batch.target[:, None] if asks else 0)
+    label = join(item * (hidden & first), next_items(batch)[:, -1:] if asks else 0)
     label = label * ((label > 0).flip(1).cumsum(1).flip(1) <= most)
-    return Cloze(join(item.masked_fill(hidden, mask_id), mask_id), join(behavior.masked_fill(hidden, 0), 0), join(item, 1) != 0, join(hidden.long(), 1) != 0, label,
-                 join(behavior, batch.target_behavior[:, None]))
+    masked = join(hidden.long(), 1) != 0
+    done = torch.where(masked, asked_behaviors(batch)[:, -masked.shape[1]:], join(behavior, batch.target_behavior[:, None]))
+    return Cloze(join(item.masked_fill(hidden, mask_id), mask_id), join(behavior.masked_fill(hidden, 0), 0), join(item, 1) != 0, masked, label, done)
 
 # %% ../nbs/02_layers.ipynb #cell-24
 def to_front(x, real, T):
@@ -220,7 +223,7 @@ def scan_doubling(delta, A, u, B, C):
 def scan_kernel(delta, A, u, B, C):
     "The same by the CUDA kernel of the package mamba-ssm."
     try: selective_scan_fn = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except ImportError as e: raise ImportError("scan='mamba_ssm': the package mamba-ssm cannot be imported; install it on a machine with CUDA, or take scan='auto'") from e
+    except ImportError as e: raise ImportError("scan='mamba_ssm': the package mamba-ssm cannot be imported; install it on a machine with CUDA, or take scan='blocks'") from e
     if not delta.is_cuda: raise ValueError(f"scan='mamba_ssm': the tensors lie on {delta.device.type!r}, expected 'cuda'; take scan='auto'")
     last = lambda x: x.transpose(1, 2).contiguous()
     return selective_scan_fn(last(u), last(delta), A, last(B), last(C)).transpose(1, 2)

@@ -6,7 +6,8 @@
 __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal',
            'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'from_events',
            'in_valid_family', 'from_lists', 'train_counts', 'Batch', 'collate', 'batch_rows', 'batches', 'cut',
-           'forget', 'next_items', 'prefixes', 'Prediction', 'own_items', 'at_labels', 'at_beginnings', 'top_items']
+           'forget', 'next_items', 'asked_behaviors', 'prefixes', 'Prediction', 'own_items', 'at_labels',
+           'at_beginnings', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
@@ -448,6 +449,7 @@ def collate(s, cases, rows, max_len):
     pick = lambda x: torch.from_numpy(np.where(real, x[index], 0).astype(np.int64)) if len(x) else torch.zeros(index.shape, dtype=torch.int64)
     whole = lambda x: torch.from_numpy(np.asarray(x, np.int64))
     extra = _label_mask(s, index, real)
+    if extra and s.labels != "last": extra["asked"] = _asked(np.append(np.where(real, s.behavior[index], 0), cases.target_behavior[rows][:, None], 1), extra["label_mask"], s.target_behaviors)
     return Batch(pick(s.item), pick(s.behavior), pick(s.time), whole(length), whole(cases.user[rows]), whole(cases.target[rows]),
                  whole(cases.target_behavior[rows]), whole(cases.target_time[rows]), whole(rows), extra=extra)
 
@@ -458,6 +460,13 @@ def _label_mask(s, index, real):
     elif s.first.all(): return {}
     else: mask = np.append(s.first, True)[index + 1] & real
     return {"label_mask": torch.from_numpy(mask)}
+
+def _asked(behavior, label_mask, targets):
+    "Behaviors (B,L+1) of events and target -> (B,L) int64: the one that the event group of each event would be asked by, its last of `targets`, or its last."
+    behavior, n = torch.from_numpy(behavior.astype(np.int64)), behavior.shape[1]
+    group = torch.nn.functional.pad(label_mask.long(), (1, 0)).cumsum(1)
+    place = torch.arange(n) + n * torch.isin(behavior, torch.tensor(targets, dtype=torch.int64))
+    return behavior.gather(1, torch.zeros_like(group).scatter_reduce(1, group, place, "amax").gather(1, group) % n)[:, :-1]
 
 # %% ../nbs/03_sequences.ipynb #cell-56
 def batch_rows(length, size, tokens=None, rng=None, pool=64):
@@ -506,6 +515,10 @@ def next_items(batch):
     y = torch.cat([batch.item_seq[:, 1:], batch.target[:, None]], 1)
     y = y * (batch.item_seq != 0)
     return y * batch.extra["label_mask"] if "label_mask" in batch.extra else y
+
+def asked_behaviors(batch):
+    "int64 (B,L+1): the behavior that each event, and behind them the target, is asked by: what was done, or of an event group what a case would ask for."
+    return torch.cat([batch.extra.get("asked", batch.behavior_seq), batch.target_behavior[:, None]], 1)
 
 # %% ../nbs/03_sequences.ipynb #cell-67
 def prefixes(batch, max_len):

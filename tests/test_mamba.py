@@ -3,6 +3,7 @@ import sys
 import types
 from dataclasses import replace
 
+import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,18 @@ import torch.nn.functional as F
 from mbnb import datasets
 from mbnb.checks import awake, build, check_model, random_batch, widen
 from mbnb.doctor import config as of_config
+from mbnb.events import Events
 from mbnb.experiment import configure, run_experiment
-from mbnb.layers import LOG2_E, Mamba, SigmaBlock, flip_old, scan_blocks, scan_doubling, scan_kernel, scan_loop, selective_scan
+from mbnb.layers import LOG2_E, Mamba, SigmaBlock, cloze, flip_old, scan_blocks, scan_doubling, scan_kernel, scan_loop, selective_scan
 from mbnb.losses.ce import CE
-from mbnb.models.gear import GEAR
+from mbnb.models.gear import GEAR, as_steps
 from mbnb.models.mamba4rec import Mamba4Rec
 from mbnb.models.mbr_mamba import MBRMamba
+from mbnb.models.mgpt import MGPT
+from mbnb.models.pbat import PBAT
 from mbnb.models.sigma import SIGMA
+from mbnb.models.sigma_mule import SigmaMuLe
+from mbnb.sequences import asked_behaviors, batches, from_events, next_items
 
 FORMS = {"loop": scan_loop, "blocks": scan_blocks, "doubling": scan_doubling}
 ALL = pytest.mark.parametrize("cls", [Mamba4Rec, SIGMA, MBRMamba])
@@ -414,6 +420,37 @@ def test_query_no_item_leak():
     assert torch.allclose(states(replace(batch, item_seq=newest))[:, :-1], states(batch)[:, :-1], atol=1e-6)
     unasked = awake(build(MBRMamba, query="none"))
     assert torch.equal(unasked.score(behavior), unasked.score(batch))
+
+
+@pytest.mark.parametrize("cls", [MBRMamba, SigmaMuLe, GEAR, PBAT, MGPT])
+def test_an_impression_asks_by_what_a_case_would_ask_by(cls):
+    "click, long_view and like of one impression: a lesson is told the like that is asked for, though the click stands first; or else the strongest."
+    kinds = ("click", "long_view", "like", "follow")
+    done = [("click",), ("click", "like"), kinds, ("click", "long_view"), *[("click", "like")] * 3]
+    log = [(user, f"i{(k + u) % 9}", kind, 100 * k) for u, user in enumerate("abcdef") for k, group in enumerate(done) for kind in group]
+    log = pl.DataFrame(log, schema=["user", "item", "behavior", "timestamp"], orient="row").with_row_index("row")
+    task = {"target": "like", "group": ("user", "item", "timestamp"), "behaviors": kinds}
+    s = from_events(Events(log, "s", "made up", {}), name="impressions", **task)
+    (batch,) = batches(s, s.train, 8, 50)
+    told = lambda behaviors: [s.behaviors[b] for b in behaviors.view(len(batch), -1)[0]]
+    assert told(asked_behaviors(batch)[:, 1:][next_items(batch) > 0]) == ["like", "like", "long_view", "like"]
+    users = {"n_users": len(s.users)} if "n_users" in cls.Config.__dataclass_fields__ else {}
+    model = cls(cls.Config.small(s.n_items, n_behaviors=s.n_behaviors, **users))
+    model.prepare(s)
+    if cls in (MBRMamba, SigmaMuLe):
+        CE()(model(batch)).backward()
+        moved = (model.query if cls is MBRMamba else model.sequence.query).weight.grad.abs().sum(1) > 0
+        assert [s.behaviors[b] for b in moved.nonzero()[:, 0]] == ["long_view", "like"]
+    elif cls is GEAR:
+        steps = as_steps(batch)
+        assert told(steps.behavior[steps.label > 0]) == ["like", "like", "long_view", "like"]
+    elif cls is PBAT:
+        item, behavior, label, real = model.slots(batch, .999)
+        assert told(behavior[label > 0]) == ["click", "like", "like", "long_view", "like"]
+    else:
+        slots = cloze(batch, 50, s.n_items + 1, .999)
+        assert told(slots.done[slots.label > 0]) == ["click", "like", "like", "long_view", "like"]
+        assert slots.behavior.eq(0).all()
 
 
 def test_question_follows_the_data():

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, own_items, top_items
+from ..sequences import Prediction, asked_behaviors, own_items, top_items
 
 # %% ../../nbs/models/03_gear.ipynb #cell-6
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def as_steps(batch):
     label = item
     if "label_mask" in batch.extra:         # says of each column whether the item after it counts; of the first column nobody says it
         label = item * F.pad(batch.extra["label_mask"], (1, 0))
-    return Steps(item, join(batch.behavior_seq, batch.target_behavior), time, label)
+    return Steps(item, torch.where(label != 0, asked_behaviors(batch), join(batch.behavior_seq, batch.target_behavior)), time, label)
 
 # %% ../../nbs/models/03_gear.ipynb #cell-17
 def window(steps, n, share=0.):

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
-from ..sequences import at_labels, top_items
+from ..sequences import asked_behaviors, at_labels, top_items
 
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-6
 @dataclass(frozen=True)
@@ -114,20 +114,15 @@ def states(self: MBRMamba, item_seq, behavior_seq, asked):
 
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-22
 @patch
-def asked(self: MBRMamba, batch):
-    "int64 (B,L): the behavior of the event that follows each column."
-    return torch.cat([batch.behavior_seq[:, 1:], batch.target_behavior[:, None]], 1)
-
-@patch
 def forward(self: MBRMamba, batch):
     "Batch -> Prediction over the positions trained on."
-    h = self.states(batch.item_seq, batch.behavior_seq, self.asked(batch))
+    h = self.states(batch.item_seq, batch.behavior_seq, asked_behaviors(batch)[:, 1:])
     return at_labels(h, batch, self.items.weight, self.config.positions == "last")
 
 @patch
 def score(self: MBRMamba, batch):
     "Batch -> (B,V) float32 scores of all items, for `batch.target_behavior` where that is given; the pad column is -inf."
-    z = (self.states(batch.item_seq, batch.behavior_seq, self.asked(batch))[:, -1] @ self.items.weight.T).float()
+    z = (self.states(batch.item_seq, batch.behavior_seq, asked_behaviors(batch)[:, 1:])[:, -1] @ self.items.weight.T).float()
     z[:, 0] = -torch.inf
     return z
 

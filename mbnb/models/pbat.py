@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, cloze
-from ..sequences import Prediction, next_items, own_items, top_items, train_counts
+from ..sequences import Prediction, asked_behaviors, next_items, own_items, top_items, train_counts
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-6
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def ended_anywhere(batch, share):
     old = lambda seq: seq.gather(1, at.clamp(min=0)) * (at >= 0)
     new = lambda seq, last: torch.cat([seq, last[:, None]], 1).gather(1, t + 1)[:, 0]
     seqs = {k: old(getattr(batch, k)) for k in ("item_seq", "behavior_seq", "time_seq")}
-    return replace(batch, **seqs, target=new(batch.item_seq, batch.target), target_behavior=new(batch.behavior_seq, batch.target_behavior), extra={}), drawn
+    extra = {k: old(batch.extra[k]) for k in ("label_mask", "asked") if k in batch.extra}
+    return replace(batch, **seqs, target=new(batch.item_seq, batch.target), target_behavior=asked_behaviors(batch).gather(1, t + 1)[:, 0], extra=extra), drawn
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-41
 @patch
@@ -287,10 +288,11 @@ def slots(self: PBAT, batch, p):
     c, alone = self.config, None
     if p and c.prefix_prob: batch, alone = ended_anywhere(batch, c.prefix_prob)
     s = cloze(batch, c.max_len, self.mask, p, c.max_len + 1)
-    stays, truth = s.masked, torch.cat([batch.item_seq[:, -c.max_len:], batch.target[:, None]], 1)
+    newest = lambda seq, last: torch.cat([seq[:, -c.max_len:], last[:, None]], 1)
+    stays, truth, target = s.masked, newest(batch.item_seq, batch.target), self.asked[newest(batch.behavior_seq, batch.target_behavior)]
     if alone is not None: stays = stays & F.pad(~alone[:, None].expand_as(batch.item_seq[:, -c.max_len:]), (0, 1), value=True)
-    if p and c.predict_only_target: stays = stays & group_any(batch, c.max_len, self.asked[s.done])
-    label = (truth * (stays & self.asked[s.done]) if c.predict_only_target else s.label * stays) * bool(p)
+    if p and c.predict_only_target: stays = stays & group_any(batch, c.max_len, target)
+    label = (truth * (stays & target) if c.predict_only_target else s.label * stays) * bool(p)
     item, masked = torch.where(s.masked & ~stays, truth, s.item), stays
     return item, s.done if self.given else s.done * ~masked, label, s.real
 

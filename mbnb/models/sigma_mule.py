@@ -14,7 +14,7 @@ from torch import nn
 
 from ..graph import KINDS, Grains, bpr_pairs
 from ..layers import Dropout, ScanLayer, SigmaBlock
-from ..sequences import Prediction, at_labels, top_items
+from ..sequences import Prediction, asked_behaviors, at_labels, top_items
 
 # %% ../../nbs/models/17_sigma_mule.ipynb #cell-6
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ def graph_tables(self: SigmaMuLe):
 @patch
 def states(self: SigmaMuLe, batch):
     "Batch -> states (B,L,D) of the newest `max_len` columns, and R (V,D)."
-    asked = torch.cat([batch.behavior_seq[:, 1:], batch.target_behavior[:, None]], 1)
-    newest = [x[:, -self.config.max_len:] for x in (batch.item_seq, batch.behavior_seq, asked)]
+    newest = [x[:, -self.config.max_len:] for x in (batch.item_seq, batch.behavior_seq, asked_behaviors(batch)[:, 1:])]
     _, final, of = self.graph_tables()
     R = self.sequence.table(final)
     return self.sequence(R, of, *newest), R
