@@ -189,6 +189,7 @@ class Grains(nn.Module):
         self.targets, self.others, self.kept = tuple(targets), tuple(sorted(set(edges) - set(targets))), None
         with torch.no_grad():
             if len(self.ends(*self.branches())) == 1: self.weigh = None     # nothing to weigh: a weight without a gradient would only lie idle
+            elif self.weigh is None: self.weigh = nn.Linear(self.items.embedding_dim, 1, bias=False).to(self.items.weight)
 
     def walked(self, name, x, key=None):
         "What comes of x on the way over the graph `name`; x, where there is none."

@@ -61,7 +61,7 @@ def test_break_me_shows_the_message_and_what_is_left(tmp_path):
 def test_break_me_survives_every_fault(tmp_path):
     code, err, shown = break_me("all", tmp_path)
     assert code == 0, err[-3000:]
-    assert len(shown) >= 33 and len({text.split()[1] for text in shown}) == len(shown)
+    assert len(shown) >= 38 and len({text.split()[1] for text in shown}) == len(shown)
     assert sum("bit by bit" in text for text in shown) >= 12 and not any("Traceback" in text for text in shown)
 
 

@@ -28,6 +28,7 @@ class Config:
     d_conv: int = 4                 # events the convolution sees
     expand: int = 2                 # channels = expand * d_model
     dt_init: str = "zero_bias"      # "log_uniform": memories of ten to a thousand events at the start
+    residual: str = "auto"          # a way around the scan: "yes", "no", "auto" = where there are several layers, as in the public code
     scan: str = "auto"              # "loop", "blocks", "doubling", "mamba_ssm": the same result in another order of work
     positions: str = "prefixes"     # every next item is a target: "all" reads a row once, "prefixes" reads each of its beginnings; "last": only the newest item is
 
@@ -52,10 +53,12 @@ class Mamba4Rec(nn.Module):
         super().__init__()
         c = self.config = config
         if c.positions not in ("all", "prefixes", "last"): raise ValueError(f"positions={c.positions!r}: expected 'all', 'prefixes' or 'last'")
+        if c.residual not in ("auto", "yes", "no"): raise ValueError(f"residual={c.residual!r}: expected 'auto', 'yes' or 'no'")
         self.items = nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.norm, self.drop = nn.LayerNorm(c.d_model, 1e-12), Dropout(c.dropout)
         mixer = lambda: Mamba(c.d_model, c.d_state, c.d_conv, c.expand, c.dt_init, c.scan)
-        self.layers = nn.ModuleList([ScanLayer(mixer(), c.d_model, c.dropout, around=c.n_layers > 1) for _ in range(c.n_layers)])
+        around = c.n_layers > 1 if c.residual == "auto" else c.residual == "yes"
+        self.layers = nn.ModuleList([ScanLayer(mixer(), c.d_model, c.dropout, around) for _ in range(c.n_layers)])
         nn.init.normal_(self.items.weight, std=.02)
         with torch.no_grad(): self.items.weight[0] = 0
 

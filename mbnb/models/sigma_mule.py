@@ -89,7 +89,7 @@ class SigmaMuLe(nn.Module):
     inputs = ("item_seq", "behavior_seq")
     parts = ("graph", "sequence")
     PRESETS = {
-        "published": {"loss": "ce", "fit": {"batch_size": 2048}, "stages": [OF_GRAPH | {"epochs": 100, "patience": 10, "lr": 1e-3}, OF_ALL | {"epochs": 200, "patience": 10, "lr": 1e-3}]},
+        "published": {"loss": "ce", "fit": {"batch_size": 64}, "stages": [OF_GRAPH | {"epochs": 100, "patience": 10, "lr": 1e-3}, OF_ALL | {"epochs": 200, "patience": 10, "lr": 1e-3}]},
         "small": {"loss": "ce", "fit": {"batch_size": 64}, "stages": [OF_GRAPH | {"epochs": 20, "patience": 4, "lr": 3e-3}, OF_ALL | {"epochs": 50, "patience": 10, "lr": 1e-3}]},
     }
 
