@@ -55,7 +55,7 @@ def with_gradients(form, parts):
 
 
 def apart(form, parts, exact=None):
-    "The largest difference, in values and gradients, to the slow scan of the same numbers (or of `exact` ones); of each, by its largest entry."
+    "The largest difference of values and gradients to the slow scan of the same (or `exact`) numbers, each by its largest entry."
     pairs = zip(with_gradients(form, parts), with_gradients(slow_scan, exact or parts))
     return max(float(((a - b).abs().max() / b.abs().max().clamp(min=1)).detach()) for a, b in pairs)
 
