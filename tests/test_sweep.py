@@ -217,6 +217,14 @@ def test_the_seed_decides_the_trials(tmp_path, search):
     assert set(whole.lr).isdisjoint(propose(read_plan(sweep_path(tmp_path / "a", "s")) | {"seed": 4}, k, [])["lr"] for k in range(3))
 
 
+def test_zip_takes_the_choices_side_by_side(tmp_path):
+    table, _ = sweep(tmp_path, space={"lr": [1e-2, 1e-3, 1e-2], "seed": [0, 0, 1]}, search="zip")
+    pairs = table.sort_values("trial")[["lr", "seed"]].values.tolist()
+    assert pairs == [[1e-2, 0], [1e-3, 0], [1e-2, 1]] and (table.state == "done").all()
+    uneven = {"lr": [.1, .2], "seed": [0]}
+    with pytest.raises(ConfigError, match="2 of lr, 1 of seed"): sweep(tmp_path, "b", space=uneven, search="zip")
+
+
 def test_values_of_test_do_not_rank(tmp_path):
     table, _ = sweep(tmp_path)
     assert table.lr.tolist() == [1e-2, 1e-3] and table["test NDCG@10"][0] < table["test NDCG@10"][1]
