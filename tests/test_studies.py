@@ -82,3 +82,16 @@ def test_a_study_runs(name, shared_data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MBNB_DATA": str(shared_data)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert all((run / "result.json").exists() for run in (tmp_path / "runs").iterdir() if run.name != "sweeps")
+
+
+@pytest.mark.slow
+def test_the_comparison_is_the_same_once_more(tmp_path):
+    "Two models of the toy shop trained again: the page compares their figures with the stored ones, and fails if they differ."
+    page, out, runs = STUDIES / "fair_comparison.ipynb", tmp_path / "out.ipynb", tmp_path / "runs"
+    given = {"datasets": "toyshop", "models": "sasrec,gru4rec", "again": "True", "runs_dir": str(runs)}
+    given["stored"] = str(STUDIES / "fair_comparison.csv")
+    command = [sys.executable, "-m", "papermill", str(page), str(out), "--cwd", str(tmp_path), "--no-progress-bar"]
+    command += [x for k, v in given.items() for x in ("-p", k, v)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 runs, " in out.read_text() and not runs.exists(), "made in a folder that is thrown away"
