@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .sequences import asked_behaviors, next_items
-
 # %% ../nbs/02_layers.ipynb #cell-5
 def keep_mask(shape, p, dtype=torch.float32):
     "Random mask of `shape` on the CPU: 0 with probability round(256 p)/256, else the scale that keeps the mean at 1."
@@ -102,10 +100,11 @@ def cloze(batch, max_len, mask_id, p=0., most=40):
     if asks: hidden = (torch.rand(item.shape, device=item.device) < p).gather(1, first.cumsum(1) - 1) & (item != 0)
     one = torch.ones_like(item[:, :1])
     join = lambda a, last: torch.cat([a, one * last], 1)
-    label = join(item * (hidden & first), next_items(batch)[:, -1:] if asks else 0)
+    counts = batch.extra["label_mask"][:, -1:] if "label_mask" in batch.extra else one
+    label = join(item * (hidden & first), batch.target[:, None] * counts if asks else 0)
     label = label * ((label > 0).flip(1).cumsum(1).flip(1) <= most)
     masked = join(hidden.long(), 1) != 0
-    done = torch.where(masked, asked_behaviors(batch)[:, -masked.shape[1]:], join(behavior, batch.target_behavior[:, None]))
+    done = join(torch.where(hidden, batch.extra.get("asked", batch.behavior_seq)[:, -max_len:], behavior), batch.target_behavior[:, None])
     return Cloze(join(item.masked_fill(hidden, mask_id), mask_id), join(behavior.masked_fill(hidden, 0), 0), join(item, 1) != 0, masked, label, done)
 
 # %% ../nbs/02_layers.ipynb #cell-24
