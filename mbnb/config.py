@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'SIZES', 'check_type', 'check_parameters', 'given_parameters',
-           'first_name', 'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig',
-           'by_stage', 'preset_of', 'advised', 'make_config', 'data_options', 'check_model']
+           'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage',
+           'preset_of', 'advised', 'make_config', 'enough_candidates', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -51,10 +51,6 @@ def given_parameters(names):
             and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/20b_config.ipynb #cell-8
-def first_name(parameters):
-    "What the model of a run is called before its first epoch: \"untrained\", or of a fork \"start\"."
-    return "start" if parameters.get("fork") else "untrained"
-
 SECTIONS = ("model", "loss", "fit", "data", "eval", "doctor")
 
 def parts_of_set(text):
@@ -178,17 +174,25 @@ def make_config(**parameters):
     fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
+    evaluation = enough_candidates(override(evaluation, given["eval"], "eval"))
     fits = {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}          # a model without dropout takes no advice on it
     model = check_model(cls, p["model"], fits | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
     muted = given["doctor"].pop("mute", "")
     mute([], str(muted))                        # knows the ids
-    return RunConfig(p | {"loss": loss}, model, loss, loss_config, data_options(spec, given["data"]), fit_config, override(evaluation, given["eval"], "eval"), stages, limits(**given["doctor"]), str(muted), sides)
+    return RunConfig(p | {"loss": loss}, model, loss, loss_config, data_options(spec, given["data"]), fit_config, evaluation, stages, limits(**given["doctor"]), str(muted), sides)
 
 def _losses(cls, head):
     "Names of the losses that the class takes with this head; ConfigError for an unknown head."
     try: return losses_of(cls.losses, head)
     except ValueError as e: raise ConfigError(str(e)) from e
+
+def enough_candidates(evaluation):
+    "The EvalConfig; ConfigError for a protocol so small that all its candidates are among the ten best, which every run is judged by."
+    for name in evaluation.protocol:
+        n = protocols.read_protocol(name).n
+        if 0 < n < 10: raise ConfigError(f"protocol {name!r} ranks {n + 1} candidates, and every model hits among the ten best of them; expected 10 negatives or more (99 are common), or full")
+    return evaluation
 
 def data_options(spec, options):
     "The `data.` options, known to the data set's reader and split."

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from . import datasets
-from .config import PARAMETERS, SIZES, STAGE_KEYS, EvalConfig, RunConfig, check_parameters, first_name, make_config, parse_set
+from .config import PARAMETERS, SIZES, STAGE_KEYS, EvalConfig, RunConfig, check_parameters, make_config, parse_set
 from .doctor import DoctorError, mute, read_cards, skipped, tally, worst_first
 from .doctor import across, config as before, data as of_data, parity, run as after, training
 from .evaluators import baselines, metrics, protocols, ranks, stats
@@ -42,7 +42,7 @@ from .devices import ALONE, align, join_team, launch
 from .events import DataError, MbnbError
 from .fit import PRECISION, Diverged, FitConfig, FitState, Stage, fit, score_of, seed_everything, start_fabric, unseen_items
 from .ids import IdTable
-from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, filled, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, write_atomic
+from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, filled, first_name, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, write_atomic
 from .sequences import batches, check_ids, collate, top_items
 from .zoo import ConfigError, loss_class, model_class
 

@@ -35,11 +35,11 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, first_name, make_config, preset_of, set_items
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of, set_items
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
-from .runs import LIVE, Run, RunError, Tail, entry_notebooks, list_runs, load_run, new_run_id, run_path, send_request
+from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, list_runs, load_run, new_run_id, run_path, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
 # %% ../nbs/24_panel.ipynb #cell-5

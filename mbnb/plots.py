@@ -22,9 +22,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .config import first_name
 from .events import MbnbError
-from .runs import best_words, Run, RunError, Tail, load_run, read_json
+from .runs import Run, RunError, Tail, best_words, first_name, load_run, read_json
 
 # %% ../nbs/22_plots.ipynb #cell-5
 COLORS = {"loss": "#555555", "model": "#0072B2", "best": "#D55E00", "rules": ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")}

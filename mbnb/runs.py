@@ -8,8 +8,8 @@ __all__ = ['SILENT', 'STATES', 'LIVE', 'BEAT', 'ACTIONS', 'STEP_COLUMNS', 'RANK_
            'entry_notebooks', 'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain',
            'save_json', 'read_json', 'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal',
            'parse_line', 'parse_lines', 'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing',
-           'derived_status', 'send_request', 'Run', 'load_run', 'read_steps', 'Tail', 'best_words', 'ranks_file',
-           'digest', 'read_manifest', 'list_checkpoints', 'weight_bytes', 'tensor_bytes', 'parse_state',
+           'derived_status', 'send_request', 'Run', 'load_run', 'read_steps', 'Tail', 'first_name', 'best_words',
+           'ranks_file', 'digest', 'read_manifest', 'list_checkpoints', 'weight_bytes', 'tensor_bytes', 'parse_state',
            'read_verified', 'versions', 'free_stem', 'need_room', 'Checkpoint', 'read_checkpoint', 'rng_state',
            'restore_rng', 'missing_parts', 'flat', 'differences', 'filled', 'numbered', 'refuse_differences',
            'git_commit', 'cpu_model', 'environment', 'run_row', 'list_runs']
@@ -609,6 +609,10 @@ class Tail:
         return [r for r in self.records if r.get("kind") == kind]
 
 # %% ../nbs/11_runs.ipynb #cell-75
+def first_name(parameters):
+    "What the model of a run is called before its first epoch: \"untrained\", or of a fork \"start\"."
+    return "start" if parameters.get("fork") else "untrained"
+
 def best_words(result):
     "Which weights were kept: 'best epoch 3 of 10', and of which stage where there are several."
     if not result.get("stage"): return f"best epoch {result['best_epoch']} of {result['epochs']}"

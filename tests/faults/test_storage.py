@@ -509,10 +509,11 @@ def test_reading_imports_neither_torch_nor_pandas(saved):
     assert (code, err) == (0, "")
 
 
-def test_import_is_fast():
-    code = "import time; t = time.perf_counter(); import mbnb.runs; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(3)]
-    assert min(times) < .5, times
+def test_import_is_light():
+    "Whoever only looks at runs waits for none of these; the time itself is no test, it hangs on the machine."
+    code = "import sys, mbnb.runs; print(*{'torch', 'pandas', 'plotly', 'scipy', 'IPython', 'ipywidgets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout.split(), done
 
 
 def test_environment_keeps_to_its_list(tmp_path, monkeypatch):
