@@ -510,10 +510,19 @@ def test_reading_imports_neither_torch_nor_pandas(saved):
 
 
 def test_import_is_light():
-    "Whoever only looks at runs waits for none of these; the time itself is no test, it hangs on the machine."
+    "Whoever only looks at runs waits for none of these."
     code = "import sys, mbnb.runs; print(*{'torch', 'pandas', 'plotly', 'scipy', 'IPython', 'ipywidgets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout.split(), done
+
+
+def test_import_is_fast():
+    "Half a second; where numpy and polars alone take more than half of that, the machine is slow, and theirs is the measure."
+    def seconds(*names):
+        code = f"import time; t = time.perf_counter(); import {', '.join(names)}; print(time.perf_counter() - t)"
+        return min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(3))
+    ours = seconds("mbnb.runs")
+    assert ours < .5 or ours < 1.8 * seconds("numpy", "polars"), ours
 
 
 def test_environment_keeps_to_its_list(tmp_path, monkeypatch):
