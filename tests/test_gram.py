@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbnb import datasets
-from mbnb.checks import awake, build, choices, random_batch, random_items, widen
+from mbnb.checks import awake, build, check_model, choices, random_batch, random_items, widen
 from mbnb.config import make_config
 from mbnb.events import DataError
 from mbnb.fit import Stage, partition
@@ -371,3 +371,9 @@ def test_presets(name):
         c = config.small(5) if preset == "small" else config(5, 2, 1, **({"graph_dim": 1} if name == "gram_c" else {}))
         assert (c.d_model, c.ff_dim, c.n_heads, c.d_head, c.n_layers, c.max_len, c.prompt_len, c.num_cf) == sizes
         assert (c.dropout, c.beam, c.penalty) == (.1, 50, 1.0) and made.stages[0].schedule == "linear" and made.fit.clip == 1
+
+
+@pytest.mark.slow
+def test_conformance_at_twice_the_width_of_the_page():
+    "The page checks a width of 32 for its time; 64 has to pass as well."
+    check_model(GRAM, CE(), d_model=64, ff_dim=128, d_head=16)
