@@ -18,6 +18,7 @@ __all__ = ['LOOKED_AT', 'ORACLE_USERS', 'LOOK', 'RESERVE', 'READING', 'NOT_SAVED
 # %% ../nbs/21_experiment.ipynb #cell-2
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -855,3 +856,4 @@ def show_errors_short():
         shell._showtraceback(kind, error, [text])
         return [text]
     shell.set_custom_exc((MbnbError,), show)
+    logging.getLogger("IPKernelApp").addFilter(lambda r: "on non-socket" not in str(r.exc_info))

@@ -1,5 +1,6 @@
 """The console script as a person starts it: in a process of its own, in an empty folder."""
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,16 @@ def test_a_run_from_the_command_line(mbnb, tmp_path):
     again = mbnb("train", "-p", "dataset", "toyshop-tiny", "-p", "run_name", "first")
     assert again[0] == 1
     assert "exists already" in again[2]
+
+
+@ready
+@pytest.mark.slow
+def test_ctrl_c_ends_in_one_line_and_a_run_that_goes_on(tmp_path):
+    command = [MBNB, "train", "-p", "dataset", "toyshop-tiny", "-p", "epochs", "4000", "-p", "patience", "4000", "-p", "run_name", "long"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not child.stdout.readline().startswith("untrained"): assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "mbnb: interrupted; a run that had begun goes on with `mbnb train -p resume long`\n")
+    status = json.loads((tmp_path / "runs" / "long" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "signal SIGINT")
