@@ -5,7 +5,7 @@
 
 The data are made up: users with `length` events to read and the next one to name, three behaviors, side tables where a model reads them (what they hold changes no time). Each model has its preset `small` but for width and
 length, its own loss, and of several stages the last; each cell runs alone in a process of its own. A target is a label, however many rows of the Prediction it takes (M-GPT: one a level): models that name all next items of a row get `length` of them for one pass, those that
-name the last get one, and that is the point of the first figure. Seconds are the median of the steps after two that warm up (one, where a step takes a minute); CPU seconds are those of all threads. `model_mb` is what the peak of the process rose by, from
+name the last get one, and that is the point of the first figure; models that write ids count the tokens of an id. GRAM and GRAM-C take batches of `FEWER` rows: what a target costs can be compared, what a step costs cannot. Seconds are the median of the steps after two that warm up (one, where a step takes a minute); CPU seconds are those of all threads. `model_mb` is what the peak of the process rose by, from
 before the model was made. Where several values of length, items or users are given, each is changed alone, the others at their first values, and `exponents` tells by which power the seconds of a step grow along each. One JSON line a cell, and one
 with all; a table on stderr. `--out FILE` keeps that line for `nbs/studies/fair_comparison.ipynb`."""
 
@@ -20,9 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+FEWER = {"gram": 4, "gram_c": 4}  # rows of a batch at most: with 64 of them, every event of each a prompt of its own, a step wants some 15 and 45 GB
 WIDTHS = {"d_model", "d_out"}  # what models call the width of the vectors that they compare with those of the items
 AXES = ("length", "items", "users")
-SHOWN = ("model", *AXES, "targets_per_cpu_second", "seconds_per_step", "targets_per_step", "model_mb", "peak_mb", "params", "error")
+SHOWN = ("model", *AXES, "batch", "targets_per_cpu_second", "seconds_per_step", "targets_per_step", "model_mb", "peak_mb", "params", "error")
 
 
 def made_up(length, items, users):
@@ -79,6 +80,9 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
+def rows_of(name, a): return min(a.batch, FEWER.get(name, a.batch))
+
+
 def one_cell(name, a, length, items, users):
     "What training steps of a model cost."
     import torch
@@ -101,7 +105,7 @@ def one_cell(name, a, length, items, users):
     if hasattr(model, "on_epoch"):
         model.on_epoch(stage, 0)
     endless = itertools.chain.from_iterable(
-        batches(sequences, sequences.train, a.batch, getattr(model, "train_len", length), rng=rng) for _ in itertools.count()
+        batches(sequences, sequences.train, rows_of(name, a), getattr(model, "train_len", length), rng=rng) for _ in itertools.count()
     )
     took, begun = [], time.perf_counter()
     for batch in itertools.islice(endless, 2 + a.steps):
@@ -112,6 +116,7 @@ def one_cell(name, a, length, items, users):
             break
     walls, cpu, targets = zip(*took[min(2, len(took) - 1) :])
     return {
+        "batch": rows_of(name, a),
         "targets_per_cpu_second": round(sum(targets) / sum(cpu), 1),
         "seconds_per_step": round(statistics.median(walls), 5),
         "targets_per_step": round(sum(targets) / len(targets), 1),
