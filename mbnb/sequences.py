@@ -149,11 +149,14 @@ def _cases(flat, offsets, rows):
     return Cases(user, offsets[user], _group_start(flat.first)[rows], flat.item[rows] + np.int32(1),
                  flat.behavior[rows] + np.int32(1), flat.time[rows])
 
-def _train_cases(flat, offsets, stop):
-    "One training case a user from `flat[offsets[u]:stop[u]]`: its last event is the target; parts of under two events are left out."
-    user = np.flatnonzero(stop - offsets[:-1] >= 2)
-    last = stop[user] - 1
-    return Cases(user, offsets[user], last, flat.item[last] + np.int32(1), flat.behavior[last] + np.int32(1), flat.time[last])
+def _train_cases(flat, offsets, stop, targets=()):
+    "One training case a user from the whole event groups in `flat[offsets[u]:stop[u]]`: it asks for the last group, by its last target row or else its last row; parts of one group are left out."
+    start, asked = _group_start(flat.first), np.zeros(len(flat.user), np.int64)         # asked: of each group, at its first row, the row that it is asked by
+    for rows in (_target_rows(flat, ()), _target_rows(flat, targets)): asked[start[rows]] = rows
+    end = np.append(start, len(start))[stop]
+    user = np.flatnonzero(end > offsets[:-1])
+    last = start[end[user] - 1]
+    return _cases(flat, offsets, asked[last[last > offsets[user]]])
 
 # %% ../nbs/03_sequences.ipynb #cell-19
 def split_leave_one_out(flat, offsets, targets):
@@ -164,7 +167,7 @@ def split_leave_one_out(flat, offsets, targets):
     stop = offsets[1:].copy()
     stop[test.user] = test.stop
     stop[valid.user] = valid.stop
-    return _train_cases(flat, offsets, stop), valid, test
+    return _train_cases(flat, offsets, stop, targets), valid, test
 
 # %% ../nbs/03_sequences.ipynb #cell-20
 def split_global_temporal(flat, offsets, targets, cuts, which="first"):
@@ -177,7 +180,7 @@ def split_global_temporal(flat, offsets, targets, cuts, which="first"):
         return _cases(flat, offsets, rows)
     start = offsets[:-1]
     stop = start + np.add.reduceat(np.append(flat.time <= cuts[0], False), np.minimum(start, len(flat.time))) if len(start) else start
-    return _train_cases(flat, offsets, stop), between(cuts[0], cuts[1]), between(cuts[1], np.iinfo(np.int64).max)
+    return _train_cases(flat, offsets, stop, targets), between(cuts[0], cuts[1]), between(cuts[1], np.iinfo(np.int64).max)
 
 # %% ../nbs/03_sequences.ipynb #cell-22
 def split_share_cuts(flat, offsets, shares):
