@@ -366,6 +366,7 @@ def test_switches_take_out_what_they_name():
     whole = sum(p.numel() for p in plain.parameters())
     assert sizes["users"] == whole - 49 * 32 and sizes["ffn"] == whole - 3 * (2 * 16 * 64 + 64 + 16)
     assert sizes["head_sign"] == sizes["product"] == whole
+    assert sizes["sigma"] == sum(p.numel() for n, p in plain.named_parameters() if "raw" not in n)
     with torch.no_grad():
         batch = random_batch(40)
         flat = awake(build(PBAT, sigma="one"))

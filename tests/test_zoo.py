@@ -9,6 +9,8 @@ from mbnb.zoo import MODELS
 
 SEARCH = "data.users=20"            # models that write their answer: ids and searches for a few users do
 HEADS = [(m, "model.head=repeat") for m in ("sasrec", "mgpt", "gear", "mbht")]
+ABLATED = [("pbat", "model.sigma=one"), ("pbat", "model.users=shared"), ("pbat", "model.ffn=shared"), ("mbht", "model.hypergraph=False"),
+           ("mule", "model.graphs=()"), ("sigma_mule", "model.graph_weight=0.")]
 PLAIN = [(m, SEARCH if m in ("tiger", "gram") else "") for m in MODELS if m != "gram_c"]         # gram_c wants a run of lightgcn
 TEXTS = ("ur4rec", "tiger", "gram")  # read texts, which a bare file has none of
 
@@ -19,6 +21,12 @@ def test_nothing_stops_a_model_before_its_first_step(model, setting, target):
     "Whether the data set asks for certain behaviors or for whatever comes next."
     if setting == SEARCH and target: pytest.skip("asked once: neither reads the behavior")
     cards = look_before(configure(model=model, dataset="toyshop-tiny", set=f"fit.threads=1 {setting} {target}"))
+    assert not [str(c) for c in cards if c.severity == "E"]
+
+
+@pytest.mark.parametrize("model, setting", ABLATED)
+def test_nothing_stops_a_model_without_a_part(model, setting):
+    cards = look_before(configure(model=model, dataset="toyshop-tiny", set=f"fit.threads=1 {setting}"))
     assert not [str(c) for c in cards if c.severity == "E"]
 
 

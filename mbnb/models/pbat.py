@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'FLOOR', 'Config', 'check_config', 'positive', 'point', 'minus_distance', 'product', 'Gaussians', 'one',
-           'placed', 'between', 'BehaviorFFN', 'picked', 'pairs_with', 'Block', 'PBAT', 'ended_anywhere', 'group_any',
-           'sigma_by_count']
+           'still', 'placed', 'between', 'BehaviorFFN', 'picked', 'pairs_with', 'Block', 'PBAT', 'ended_anywhere',
+           'group_any', 'sigma_by_count']
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-3
 from dataclasses import dataclass, replace
@@ -95,6 +95,13 @@ class Gaussians(nn.Embedding):
 def one(raw):
     "Free numbers -> covariances that are all one."
     return raw * 0 + 1
+
+def still(module):
+    "Nothing here is trained or saved: parameters become buffers."
+    for part in module.modules():
+        for name, p in [*part.named_parameters(recurse=False)]:
+            delattr(part, name)
+            part.register_buffer(name, p.detach(), persistent=False)
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-18
 def placed(x, at, n):
@@ -221,6 +228,8 @@ class PBAT(nn.Module):
         self.register_buffer("known", torch.ones(len(self.users.weight), dtype=torch.bool))
         self.register_buffer("asked", torch.ones(C, dtype=torch.bool))          # behaviors that the data set asks for
         self.reset()
+        for name, part in self.named_modules():
+            if c.sigma == "one" and name.endswith(("raw", "raw_out")): still(part)           # what makes covariances is not read
 
     def reset(self):
         "Tables normal with `init_std`, so all covariances start near one; pad rows of zeros."
