@@ -100,8 +100,7 @@ def cloze(batch, max_len, mask_id, p=0., most=40):
     if asks: hidden = (torch.rand(item.shape, device=item.device) < p).gather(1, first.cumsum(1) - 1) & (item != 0)
     one = torch.ones_like(item[:, :1])
     join = lambda a, last: torch.cat([a, one * last], 1)
-    counts = batch.extra["label_mask"][:, -1:] if "label_mask" in batch.extra else one
-    label = join(item * (hidden & first), batch.target[:, None] * counts if asks else 0)
+    label = join(item * (hidden & first), batch.target[:, None] if asks else 0)
     label = label * ((label > 0).flip(1).cumsum(1).flip(1) <= most)
     masked = join(hidden.long(), 1) != 0
     done = join(torch.where(hidden, batch.extra.get("asked", batch.behavior_seq)[:, -max_len:], behavior), batch.target_behavior[:, None])

@@ -461,7 +461,7 @@ def test_an_impression_asks_by_what_a_case_would_ask_by(cls):
     else:
         slots = cloze(batch, 50, s.n_items + 1, .999)
         assert told(slots.done[slots.label > 0]) == ["click", "like", "like", "long_view", "like"]
-        assert slots.behavior.eq(0).all()
+        assert slots.behavior.eq(0).all() and slots.label[:, -1].equal(batch.target)
 
 
 def test_question_follows_the_data():
