@@ -13,6 +13,7 @@ __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core',
 import hashlib
 import sys
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -68,6 +69,10 @@ class Sequences:
     def n_items(self): return len(self.items) - 1
     @property
     def n_behaviors(self): return len(self.behaviors) - 1
+    @cached_property
+    def asked(self):
+        "int32 (E,): the behavior by which the event group of each event is asked for, its last of `target_behaviors` or else its last."
+        return self.behavior[_asked_rows(self.first, self.behavior, self.target_behaviors)]
     def cases(self, split):
         "The cases of `\"train\"`, `\"valid\"` or `\"test\"`."
         return {"train": self.train, "valid": self.valid, "test": self.test}[split]
@@ -129,12 +134,17 @@ def _group_start(first):
     "int64 (E,): where the event group of each row starts."
     return np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
 
+def _asked_rows(first, behavior, targets):
+    "int64 (E,): the row by which the event group of each row is asked for, its last of `targets` (ids) or else its last."
+    start, n = np.flatnonzero(first), len(first)
+    if not n: return start
+    place = np.arange(n) + n * np.isin(behavior, list(targets))
+    return np.repeat(np.maximum.reduceat(place, start) % n, np.diff(np.append(start, n)))
+
 def _target_rows(flat, targets):
-    "Rows that may be asked for: of a target behavior (`targets` ids, () = any), one row an event group, its last such row."
-    ok = np.isin(flat.behavior, list(targets)) if targets else np.ones(len(flat.user), bool)
-    rows = np.flatnonzero(ok)
-    start = _group_start(flat.first)[rows]
-    return rows[np.append(start[1:] != start[:-1], True)] if len(rows) else rows
+    "Rows that may be asked for: of a target behavior (`targets` ids, () = any), one row an event group."
+    rows = _asked_rows(flat.first, flat.behavior, targets)[flat.first]
+    return rows[np.isin(flat.behavior[rows], list(targets))] if targets else rows
 
 def _from_end(user):
     "int64 (n,): 0 for the last row of each user, 1 for the one before, and so on; `user` is sorted."
@@ -150,13 +160,11 @@ def _cases(flat, offsets, rows):
                  flat.behavior[rows] + np.int32(1), flat.time[rows])
 
 def _train_cases(flat, offsets, stop, targets=()):
-    "One training case a user from the whole event groups in `flat[offsets[u]:stop[u]]`: it asks for the last group, by its last target row or else its last row; parts of one group are left out."
-    start, asked = _group_start(flat.first), np.zeros(len(flat.user), np.int64)         # asked: of each group, at its first row, the row that it is asked by
-    for rows in (_target_rows(flat, ()), _target_rows(flat, targets)): asked[start[rows]] = rows
+    "One training case a user from the whole event groups in `flat[offsets[u]:stop[u]]`: it asks for the last one; parts of one group are left out."
+    start, asked = _group_start(flat.first), _asked_rows(flat.first, flat.behavior, targets)
     end = np.append(start, len(start))[stop]
-    user = np.flatnonzero(end > offsets[:-1])
-    last = start[end[user] - 1]
-    return _cases(flat, offsets, asked[last[last > offsets[user]]])
+    last = end[end > offsets[:-1]] - 1
+    return _cases(flat, offsets, asked[last[start[last] > offsets[flat.user[last]]]])
 
 # %% ../nbs/03_sequences.ipynb #cell-19
 def split_leave_one_out(flat, offsets, targets):
@@ -452,7 +460,7 @@ def collate(s, cases, rows, max_len):
     pick = lambda x: torch.from_numpy(np.where(real, x[index], 0).astype(np.int64)) if len(x) else torch.zeros(index.shape, dtype=torch.int64)
     whole = lambda x: torch.from_numpy(np.asarray(x, np.int64))
     extra = _label_mask(s, index, real)
-    if extra and s.labels != "last": extra["asked"] = _asked(np.append(np.where(real, s.behavior[index], 0), cases.target_behavior[rows][:, None], 1), extra["label_mask"], s.target_behaviors)
+    if extra and s.labels != "last": extra["asked"] = pick(s.asked)
     return Batch(pick(s.item), pick(s.behavior), pick(s.time), whole(length), whole(cases.user[rows]), whole(cases.target[rows]),
                  whole(cases.target_behavior[rows]), whole(cases.target_time[rows]), whole(rows), extra=extra)
 
@@ -463,13 +471,6 @@ def _label_mask(s, index, real):
     elif s.first.all(): return {}
     else: mask = np.append(s.first, True)[index + 1] & real
     return {"label_mask": torch.from_numpy(mask)}
-
-def _asked(behavior, label_mask, targets):
-    "Behaviors (B,L+1) of events and target -> (B,L) int64: the one that the event group of each event would be asked by, its last of `targets`, or its last."
-    behavior, n = torch.from_numpy(behavior.astype(np.int64)), behavior.shape[1]
-    group = torch.nn.functional.pad(label_mask.long(), (1, 0)).cumsum(1)
-    place = torch.arange(n) + n * torch.isin(behavior, torch.tensor(targets, dtype=torch.int64))
-    return behavior.gather(1, torch.zeros_like(group).scatter_reduce(1, group, place, "amax").gather(1, group) % n)[:, :-1]
 
 # %% ../nbs/03_sequences.ipynb #cell-56
 def batch_rows(length, size, tokens=None, rng=None, pool=64):

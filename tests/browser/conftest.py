@@ -15,6 +15,7 @@ import pytest
 from mbnb.runs import LIVE, load_run
 
 NBS = Path(__file__).parents[2] / "nbs"
+PATIENCE = 180_000      # ms that a tab waits for anything: two of these tests may share two slow cores
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 PROMPTS = "[...document.querySelectorAll('.jp-NotebookPanel .jp-InputPrompt')].map(p => p.textContent)"
 STATUS = "document.querySelector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator')?.dataset.status"
@@ -70,11 +71,12 @@ class Lab:
     def open(self, page, width=1280, height=2400):
         "A tab with the page, its kernel idle."
         tab = self.browser.new_page(viewport={"width": width, "height": height})
-        tab.goto(f"http://127.0.0.1:{self.port}/lab/tree/{page}?token={self.token}&reset", timeout=60_000)
+        tab.set_default_timeout(PATIENCE)
+        tab.goto(f"http://127.0.0.1:{self.port}/lab/tree/{page}?token={self.token}&reset")
         self.ready(tab)
         return tab
 
-    def ready(self, tab): tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=90_000)
+    def ready(self, tab): tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]")
 
     def menu(self, tab, name, item):
         tab.get_by_role("menuitem", name=name, exact=True).first.click(timeout=5_000)
@@ -91,7 +93,7 @@ class Lab:
                 tab.wait_for_function(BEGUN, timeout=10_000)
             except TimeoutError:
                 if not tab.evaluate(BEGUN): continue
-            return tab.wait_for_function(DONE, timeout=150_000)
+            return tab.wait_for_function(DONE)
         pytest.fail(f"no cell began to run; dialogs: {tab.locator('.jp-Dialog').all_inner_texts()}")
 
     def save(self, tab):

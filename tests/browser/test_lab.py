@@ -13,7 +13,7 @@ def test_a_page_runs_in_the_browser(lab, page, figures):
     lab.save(tab)
     lab.shot(tab, page)
     if figures:
-        tab.locator(".js-plotly-plot").first.scroll_into_view_if_needed(timeout=30_000)
+        tab.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
         tab.wait_for_timeout(500)
         lab.shot(tab, f"{page}-figure")
         assert tab.locator(".js-plotly-plot .main-svg").first.bounding_box()["height"] > 100, "the figure is drawn"
