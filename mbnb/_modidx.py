@@ -320,6 +320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbnb.devices._watch': ('devices.html#_watch', 'mbnb/devices.py'),
                               'mbnb.devices.align': ('devices.html#align', 'mbnb/devices.py'),
                               'mbnb.devices.culprit': ('devices.html#culprit', 'mbnb/devices.py'),
+                              'mbnb.devices.import_fabric': ('devices.html#import_fabric', 'mbnb/devices.py'),
                               'mbnb.devices.join_team': ('devices.html#join_team', 'mbnb/devices.py'),
                               'mbnb.devices.launch': ('devices.html#launch', 'mbnb/devices.py'),
                               'mbnb.devices.lost_contact': ('devices.html#lost_contact', 'mbnb/devices.py'),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'CALL', 'PATIENCE', 'LOOK', 'DevicesError', 'Team', 'saved_buffers', 'merge_rows', 'align', 'Called',
-           'nothing', 'join_team', 'use_share', 'serve', 'lost_contact', 'Processes', 'culprit', 'the_error', 'launch',
-           'try_out']
+           'nothing', 'import_fabric', 'join_team', 'use_share', 'serve', 'lost_contact', 'Processes', 'culprit',
+           'the_error', 'launch', 'try_out']
 
 # %% ../nbs/10b_devices.ipynb #cell-2
+import importlib
 import json
 import os
 import pickle
@@ -113,10 +114,18 @@ def nothing(model):
     "0, and still something to run backwards through: DDP waits for every process."
     return next(p for p in model.parameters() if p.requires_grad).sum() * 0.
 
-# %% ../nbs/10b_devices.ipynb #cell-13
+# %% ../nbs/10b_devices.ipynb #cell-14
+def import_fabric():
+    "The package lightning_fabric; while it is imported, torchmetrics counts as absent."
+    held = sys.modules.setdefault("torchmetrics", None)
+    try: return importlib.import_module("lightning_fabric")
+    finally:
+        if held is None: del sys.modules["torchmetrics"]
+
+# %% ../nbs/10b_devices.ipynb #cell-16
 def join_team(devices, precision="32-true"):
     "The Team of this process, one of `devices` that torchrun has started: gloo on a CPU, nccl with GPUs."
-    from lightning_fabric import Fabric
+    Fabric = import_fabric().Fabric
     from lightning_fabric.strategies import DDPStrategy
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")      # its successor is younger than the oldest torch that will do
     # a pause may last for days; a process that dies is noticed by torchrun, not by a clock
@@ -130,7 +139,7 @@ def use_share(devices):
     "Environment of a process of `devices` that share this machine's cores, where the user has not said otherwise."
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices)), "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
 
-# %% ../nbs/10b_devices.ipynb #cell-15
+# %% ../nbs/10b_devices.ipynb #cell-18
 def _until_alone(rank):
     "Waits for the end of standard input: the process that started this one is gone."
     while os.read(0, 1024): pass
@@ -162,7 +171,7 @@ def lost_contact(error):
     "Is this what a process hears when another one has died?"
     return isinstance(error, RuntimeError) and bool(re.search(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|socket", f"{type(error).__name__} {error}", re.I))
 
-# %% ../nbs/10b_devices.ipynb #cell-17
+# %% ../nbs/10b_devices.ipynb #cell-20
 CALL = "from mbnb.devices import serve; from {module} import {name}; serve({name})"
 
 class Processes:
@@ -200,7 +209,7 @@ class Processes:
         texts = [f.read_text(errors="replace") for f in sorted(self.room.glob(f"logs/**/{rank}/std*.log"))]
         return [line for text in texts for line in text.splitlines() if line.strip()][-n:]
 
-# %% ../nbs/10b_devices.ipynb #cell-19
+# %% ../nbs/10b_devices.ipynb #cell-22
 def culprit(ends, gone, blamed=None):
     "Rank of the process that failed of its own; ends: {rank: as in `serve`}, gone: {rank: when it was missed}, blamed: by torchrun -> None if none did."
     wrong = sorted((r for r in ends if "kind" in ends[r]), key=lambda r: ends[r]["time"])
@@ -208,7 +217,7 @@ def culprit(ends, gone, blamed=None):
     silent = sorted((r for r in gone if r not in ends), key=lambda r: (r != blamed, gone[r]))
     return next(iter([r for r in own if r == 0] + own + silent + wrong), None)
 
-# %% ../nbs/10b_devices.ipynb #cell-21
+# %% ../nbs/10b_devices.ipynb #cell-24
 PATIENCE = 20.      # seconds that the others have when one process has failed
 LOOK = .1           # seconds between two looks at them
 
@@ -235,7 +244,7 @@ def _again(end, before, who=None):
     error.args, error.process = (before + end["text"],), who        # None: the first one, which has told the run folder itself
     return error
 
-# %% ../nbs/10b_devices.ipynb #cell-23
+# %% ../nbs/10b_devices.ipynb #cell-26
 def _watch(team, say):
     "Say what the first process says, pass signals on, miss those who vanish; returns when torchrun has ended or nobody may be waited for any longer."
     failed = None
@@ -284,7 +293,7 @@ def launch(body, job, devices, say=print):
         if team.heard and first.get("lost", True): raise KeyboardInterrupt() if team.heard[0] == signal.SIGINT else DevicesError(f"stopped by {signal.Signals(team.heard[0]).name} before the first step")
         raise the_error(team)
 
-# %% ../nbs/10b_devices.ipynb #cell-25
+# %% ../nbs/10b_devices.ipynb #cell-28
 def try_out(job, say):
     "A job to try `launch` with: the ranks of a team, added up; process 1 does as told by `job`."
     team = join_team(job["devices"])

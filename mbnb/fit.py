@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from .devices import ALONE, Called, align, nothing
+from .devices import ALONE, Called, align, import_fabric, nothing
 from .events import MbnbError
 from .sequences import batch_rows, batches, cut, forget
 
@@ -218,7 +218,7 @@ PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 def start_fabric(config):
     "Lightning Fabric for the run's device and precision, in one process; several have that of their `Team`. FitError where this machine cannot do what the config asks for."
-    from lightning_fabric import Fabric
+    Fabric = import_fabric().Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
     if config.threads: torch.set_num_threads(config.threads)
     if config.precision not in PRECISION: raise FitError(f"precision={config.precision!r} is unknown; valid: {', '.join(PRECISION)}")

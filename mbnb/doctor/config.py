@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import torch
-from scipy.stats import binom, norm
+from scipy.special import bdtrc, ndtri
 
 from .. import checks
 from . import THRESHOLDS, fine, finding, grade, skipped
@@ -152,7 +152,7 @@ def initial_loss(value, expected, graph=False, limits=THRESHOLDS):
 def excess(share, chance, n):
     "Standard errors by which a hit rate over `n` cases lies above chance; of few hits, no more than their exact odds say."
     z = (share - chance) / max(1e-12, math.sqrt(chance * (1 - chance) / max(1, n)))
-    return min(z, float(norm.isf(binom.sf(round(share * n) - 1, n, chance)))) if z > 0 else z
+    return min(z, -float(ndtri(bdtrc(round(share * n) - 1, n, chance)))) if z > 0 else z
 
 def untrained(hits, chance, repeat=None, name="HR@10", limits=THRESHOLDS):
     "C10: per-case `hits` (N,) of a model before training beside `chance`; `repeat` bool (N,): the target stands in the history."

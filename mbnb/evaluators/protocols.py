@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import gammaln
-from scipy.stats import binom
 
 from .metrics import KS, chance, metric_name, table
 from .ranks import EvalError, Plan, in_history
@@ -449,6 +448,7 @@ def decode(metric, k, protocol, n_items, rank, replacement=False):
     rank, V = np.asarray(rank), np.asarray(n_items)
     if not ((rank % 1 == 0) & (1 <= rank) & (rank <= V)).all(): raise EvalError(f"rank {rank if rank.size < 9 else 'array'}: expected whole numbers from 1 to the number of items")
     j, better, others = np.arange(1, k + 1), rank.astype(np.int64)[..., None] - 1, V.astype(np.int64)[..., None] - 1
+    from scipy.stats import binom           # half a second that a run does not need
     odds = binom.pmf(j - 1, p.n, better / others) if replacement else _drawn_better(j - 1, p.n, others, better)
     worth = {"HR": np.ones(k), "NDCG": 1 / np.log2(j + 1), "MRR": 1 / j}
     if metric not in worth: raise EvalError(f"metric {metric!r} cannot be decoded; valid: {', '.join(worth)}")

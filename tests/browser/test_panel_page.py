@@ -172,7 +172,7 @@ def resume_goes_on_and_stop_now_is_resumable(lab, tab):
 
 def fork_begins_with_the_best_weights(lab, tab):
     run = only_run(lab)
-    best = read_checkpoint(run, "best").state["fit"]["best"]            # an epoch that was written down just before Stop now has no checkpoint
+    best = read_checkpoint(run, "best").state["fit"]["best"]            # an epoch just before Stop now may have no checkpoint
     press(tab, "Fork from best")
     wait_command(tab, f"fork {run.name}")
     start(tab, epochs="1")
@@ -183,7 +183,8 @@ def fork_begins_with_the_best_weights(lab, tab):
 
 
 def the_saved_page_shows_the_last_state_without_a_kernel(lab, tab):
-    tab.wait_for_function("() => document.querySelector('[data-mbnb-twin]')?.textContent.includes('all 1 epochs done')")      # the picture follows the panel
+    twin = "document.querySelector('[data-mbnb-twin]')"                     # it follows the panel
+    tab.wait_for_function(f"() => {twin}?.textContent.includes('all 1 epochs done')")
     lab.save(tab)
     page = lab.folder / "panel.ipynb"
     assert page.stat().st_size < 300_000
