@@ -165,7 +165,7 @@ def prepare(self: GEAR, sequences, items=None):
     "Take over from a data set what its time counts, and whether it asks for certain behaviors."
     self.per_second.fill_({"s": 1., "ms": 1000., "order": 0.}[sequences.unit])
     if self.config.query_behavior == "auto": self.given.fill_(bool(sequences.target_behaviors))
-    self.inputs = GEAR.inputs + ("target_behavior",) * bool(self.given)
+    self.inputs = ("item_seq", "behavior_seq") + ("time_seq",) * bool(self.per_second) + ("target_behavior",) * bool(self.given)
 
 # %% ../../nbs/models/03_gear.ipynb #cell-35
 @patch
