@@ -298,12 +298,14 @@ def slots(self: PBAT, batch, p):
     if p and c.prefix_prob: batch, alone = ended_anywhere(batch, c.prefix_prob)
     s = cloze(batch, c.max_len, self.mask, p, c.max_len + 1)
     newest = lambda seq, last: torch.cat([seq[:, -c.max_len:], last[:, None]], 1)
-    stays, truth, target = s.masked, newest(batch.item_seq, batch.target), self.asked[newest(batch.behavior_seq, batch.target_behavior)]
+    truth, own = newest(batch.item_seq, batch.target), newest(batch.behavior_seq, batch.target_behavior)
+    stays, target = s.masked, self.asked[own]
     if alone is not None: stays = stays & F.pad(~alone[:, None].expand_as(batch.item_seq[:, -c.max_len:]), (0, 1), value=True)
     if p and c.predict_only_target: stays = stays & group_any(batch, c.max_len, target)
     label = (truth * (stays & target) if c.predict_only_target else s.label * stays) * bool(p)
-    item, masked = torch.where(s.masked & ~stays, truth, s.item), stays
-    return item, s.done if self.given else s.done * ~masked, label, s.real
+    back = s.masked & ~stays                    # as it was, with what was done
+    item, done = torch.where(back, truth, s.item), torch.where(back, own, s.done)
+    return item, done if self.given else done * ~stays, label, s.real
 
 def group_any(batch, max_len, x):
     "bool (B,T) of the newest `max_len` events and the target -> True at all rows of an event group where it is true of one."
@@ -312,7 +314,7 @@ def group_any(batch, max_len, x):
     group = new.cumsum(1) - 1
     return torch.zeros_like(group).scatter_reduce(1, group, x.long(), "amax").gather(1, group) > 0
 
-# %% ../../nbs/models/18_pbat.ipynb #cell-45
+# %% ../../nbs/models/18_pbat.ipynb #cell-46
 @patch
 def states(self: PBAT, item, behavior, real, user, at):
     "Slots (B,T), users (B,) and the asked slots `at` (B,K) -> Gaussians (B,K,D)."
@@ -326,7 +328,7 @@ def states(self: PBAT, item, behavior, real, user, at):
     mean, cov = product(x, (self.from_pattern(mean), cov), twice=self.config.product == "published")
     return F.elu(self.out(mean)), self.spread(self.out(cov))
 
-# %% ../../nbs/models/18_pbat.ipynb #cell-48
+# %% ../../nbs/models/18_pbat.ipynb #cell-49
 @patch
 def head(self: PBAT, h):
     "Gaussians (...,D) -> (states (...,2D), table (V,2D), bias (V,)); the MASK is no candidate."
@@ -358,7 +360,7 @@ def recommend(self: PBAT, batch, k):
     "The k best items of each case, (ids (B,k), scores (B,k)), without `batch.exclude`."
     return top_items(self.score(batch), k, batch.exclude)
 
-# %% ../../nbs/models/18_pbat.ipynb #cell-63
+# %% ../../nbs/models/18_pbat.ipynb #cell-64
 def sigma_by_count(model, sequences):
     "-> (times that each item occurs in training cases, int64 (n_items,); mean covariance of its Gaussian (n_items,)), as arrays."
     with torch.no_grad(): cov = model.items.rows(model.mask)[1][1:].mean(1)
