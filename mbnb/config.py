@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from . import datasets
 from .doctor import THRESHOLDS, limits, mute
 from .evaluators import protocols
-from .fit import FitConfig, Stage
+from .fit import ANY, SOME, FitConfig, Stage, in_range
 from .repeat import losses_of
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
@@ -111,6 +111,8 @@ class EvalConfig:
     valid_cases: int = 0                # validation cases that choose the epoch, evenly spread; 0 = all
     bootstrap: int = 1000               # resamples of the 95 % intervals
     seed: int = 0                       # of drawn negatives and resamples
+
+    def __post_init__(self): in_range("eval.", self, ConfigError, valid_cases=ANY, bootstrap=SOME)
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -117,10 +117,11 @@ def nothing(model):
 # %% ../nbs/10b_devices.ipynb #cell-14
 def import_fabric():
     "The package lightning_fabric; while it is imported, torchmetrics counts as absent."
-    held = sys.modules.setdefault("torchmetrics", None)
+    absent = "torchmetrics" not in sys.modules
+    if absent: sys.modules["torchmetrics"] = None           # an import of it fails at once
     try: return importlib.import_module("lightning_fabric")
     finally:
-        if held is None: del sys.modules["torchmetrics"]
+        if absent: del sys.modules["torchmetrics"]
 
 # %% ../nbs/10b_devices.ipynb #cell-16
 def join_team(devices, precision="32-true"):

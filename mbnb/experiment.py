@@ -94,9 +94,9 @@ def searches(model):
     "Whether a model finds its items by a search, so that those outside it have no rank."
     return getattr(model, "searches", False)
 
-def judged_part(config, model):
-    "The part of a model that its last stage monitors; the whole where it has parts and the stage names none; None without parts."
-    return config.stages[-1].monitor or (getattr(model, "parts", ()) or (None,))[-1]
+def judged_part(config, model, stage=-1):
+    "The part of a model that `stage`, the last one it was trained in, monitors; the whole where it has parts and the stage names none; None without parts."
+    return config.stages[stage].monitor or (getattr(model, "parts", ()) or (None,))[-1]
 
 def rank_model(config, sequences, model, split, plans, cases=None, team=None):
     "{plan name: Ranks} of the model as the run will be judged."
@@ -197,6 +197,10 @@ class Clock:
     "Wall seconds of the parts of a run."
     prepare: float = 0.; evaluate: float = 0.; start: float = field(default_factory=time.perf_counter)
     def seconds(self, state): return {"prepare": self.prepare, "train": state.seconds, "evaluate": self.evaluate, "total": time.perf_counter() - self.start}
+    def go_on(self, state, metrics):
+        "Count what earlier sessions took: the steps of `state`, and the evaluations in the records `metrics`."
+        evaluate = float(metrics.eval_seconds.sum()) if "eval_seconds" in metrics else 0.
+        self.evaluate += evaluate; self.start -= state.seconds + evaluate
 
 def make_result(config, sequences, run_id, model, state, found, plans, table, clock):
     "The content of result.json."
@@ -282,7 +286,7 @@ def epoch_line(record, stages, times, targets=0, first="untrained"):
     shown = "  ".join(f"{k} {v:.4f}" for k, v in record["metrics"].items() if k.split("[")[0] in ("HR@10", "NDCG@10"))
     names = [s.name for s in stages]
     epochs = sum(s.epochs for s in stages[names.index(record["stage"]):])
-    to_go = (targets / record["labels"] - 1) * len(times) if targets and record["labels"] else epochs - 1 - record["epoch"]
+    to_go = (targets / record["labels"] - 1) * record["epochs"] if targets and record["labels"] else epochs - 1 - record["epoch"]
     left = f"  {times[-1]:.1f} s  at most {clock_text(statistics.median(times) * to_go)} left" if times and "ends" not in record else ""
     apart = parts_text(record.get("parts", {}))
     lost = f"  {record['skipped']} steps left out (overflow)" if record.get("skipped") else ""
@@ -531,13 +535,16 @@ def _run(config, say, team=ALONE):
 def _resume(config, clock, say, team):
     "Go on with a run from its newest checkpoint; a finished run gives its result."
     path = run_folder_of(config.parameters)
+    begun = load_run(path)
     with RunFolder.reopen(path.parent, path.name) as run:
         if (run.path / "result.json").exists():
             say(f"{path.name} is finished; nothing to resume")
-            run.status("done", "finished")
-            return load_run(path).result | {"path": str(path)}
-        parts = prepare(config, run.path / "bad_rows.csv")
+            if begun.status["state"] != "done": run.status("done", "finished")
+            return begun.result | {"path": str(path)}
+        own = replace(config, parameters=config.parameters | {"fork": ""}) if begun.checkpoints else config         # with weights of its own a fork has no need of the other run
+        parts = prepare(own, run.path / "bad_rows.csv")
         saved = load_progress(run, parts)
+        if saved is not None: clock.go_on(saved, load_run(path).metrics)
         if saved is None: run.notes.append("no checkpoint was saved yet; the run begins anew")
         else: parts.state = saved
         others = len(parts.state.others or ()) + 1
@@ -690,14 +697,14 @@ def final_ranks(config, parts, team=ALONE):
 def _finish(config, run, parts, rules, clock, team):
     "Score the test cases once with the best weights; write ranks and result."
     start, model, s = time.perf_counter(), parts.model, parts.sequences
-    (by_part, valid), judged = final_ranks(config, parts, team), judged_part(config, model)
+    (by_part, valid), judged = final_ranks(config, parts, team), judged_part(config, model, parts.state.stage)
     found = by_part[judged]
     for part, own in by_part.items():
         for p in parts.plans: run.save_ranks("test", "-".join([p.protocol] * (p is not parts.plans[0] or part != judged) + [part] * (part != judged)), own[p.name])
     if valid is not None: run.save_ranks("valid", "", valid)
     clock.evaluate += time.perf_counter() - start
     result = make_result(config, s, run.path.name, model, parts.state, found, parts.plans, baseline_table(rules), clock)
-    if len(config.stages) > 1: result["stage"] = config.stages[-1].name
+    if len(config.stages) > 1: result["stage"] = config.stages[parts.state.stage].name
     if parts.state.skipped: result["skipped_steps"] = parts.state.skipped
     result["selected"] = {"split": config.eval.select_on, "fingerprint": parts.plan.fingerprint, "value": parts.state.best}
     result["badges"] = [str(b) for p in parts.plans for b in baselines.badges(found[p.name], rules, p.name)]
@@ -800,8 +807,10 @@ def meaning(saved):
 def find_run(config):
     "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."
     own = meaning(json.loads(json.dumps(config.to_dict())))
-    found = [load_run(path) for path in list_runs(config.parameters["runs_dir"])["path"]]
-    same = [run for run in found if meaning(run.config) == own and run.status["state"] not in LIVE]
+    def same(run):
+        try: return meaning(run.config) == own and run.status["state"] not in LIVE
+        except MbnbError: return False                  # of a loss or a setting that is no more
+    same = [run for path in list_runs(config.parameters["runs_dir"])["path"] if same(run := load_run(path))]
     return max(same, key=lambda run: (run.result is not None, run.id), default=None)
 
 def finished(say=print, **parameters):

@@ -223,7 +223,7 @@ class Grains(nn.Module):
 @patch
 def vectors(self: Grains):
     "`self()`, made once for all who ask between two changes of the weights, unless a gradient is wanted."
-    if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()): return self()
+    if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()): self.kept = None; return self()
     state = [(p.data_ptr(), p._version) for p in self.parameters()]
     if self.kept is None or self.kept[0] != state:
         with torch.no_grad(): self.kept = state, self()

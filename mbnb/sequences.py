@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal',
            'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'from_events',
-           'in_valid_family', 'from_lists', 'train_counts', 'Batch', 'collate', 'batch_rows', 'batches', 'cut',
-           'forget', 'next_items', 'asked_behaviors', 'prefixes', 'Prediction', 'own_items', 'at_labels',
+           'in_valid_family', 'from_lists', 'train_counts', 'unseen_items', 'Batch', 'collate', 'batch_rows', 'batches',
+           'cut', 'forget', 'next_items', 'asked_behaviors', 'prefixes', 'Prediction', 'own_items', 'at_labels',
            'at_beginnings', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
+import math
 import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -110,7 +111,9 @@ class _Flat:
     def keep(self, mask): return _Flat(*(getattr(self, f.name)[mask] for f in fields(self)))
 
 def _group_codes(frame, group):
-    "int64 (E,): rows with equal values in the columns `group` share a code, the row number of their first one."
+    "int64 (E,): rows with equal values in the columns `group` share a code, the row number of their first one. DataError for a column that is not there."
+    missing = [c for c in group if c not in frame.columns]
+    if missing: raise DataError(f"group={tuple(group)}: there is no column {missing[0]!r}; the events have {', '.join(frame.columns)}")
     return frame.select(pl.col("row").min().over(list(group))).to_series().to_numpy()
 
 def _flatten(events, group, collapse):
@@ -118,11 +121,11 @@ def _flatten(events, group, collapse):
     f = events.frame
     user, users = number_tokens(f["user"]); item, items = number_tokens(f["item"]); behavior, behaviors = number_tokens(f["behavior"])
     time, row = f["timestamp"].to_numpy(), f["row"].to_numpy()
-    code = _group_codes(f, group) if group else row
+    code = _group_codes(f, [group] if isinstance(group, str) else group) if group else row
     order = np.lexsort((row, code, time, user))
     user, item, behavior, time, code = (x[order] for x in (user, item, behavior, time, code))
     first = np.ones(len(user), bool)
-    first[1:] = (code[1:] != code[:-1]) if group else True
+    first[1:] = (code[1:] != code[:-1]) | (user[1:] != user[:-1]) if group else True
     flat = _Flat(user, item, behavior, time, first)
     if collapse:                                               # one event a group: its last row, the strongest behavior
         last = np.append(first[1:], True)
@@ -192,12 +195,15 @@ def split_global_temporal(flat, offsets, targets, cuts, which="first"):
 
 # %% ../nbs/03_sequences.ipynb #cell-22
 def split_share_cuts(flat, offsets, shares):
-    "-> (train, valid, test): of each user's events the first `shares[0]` train; the last event of the first `shares[1]` is a validation case, the last of all a test case."
-    if not 0 < shares[0] < shares[1] < 1: raise DataError(f"cut_shares={tuple(shares)}: expected two rising shares between 0 and 1")
+    """-> (train, valid, test): of each user's events the first `shares[0]` train; the last event of the first `shares[1]` is a validation case, the last of all a test case.
+    An event group goes as a whole: a cut inside one takes it from the training part, and where one group would be both cases its user has none."""
     first, length = offsets[:-1], np.diff(offsets)
-    train, valid = (np.floor(length * share + 1e-9).astype(np.int64) for share in shares)
-    asked = np.flatnonzero((train < valid) & (valid < length))
-    return _train_cases(flat, offsets, first + train), _cases(flat, offsets, first[asked] + valid[asked] - 1), _cases(flat, offsets, offsets[1:][asked] - 1)
+    train, until = (np.floor(length * share + 1e-9).astype(np.int64) for share in shares)
+    users = np.flatnonzero((train < until) & (until < length))
+    start, asked = _group_start(flat.first), _asked_rows(flat.first, flat.behavior, ())
+    valid, test = asked[first[users] + until[users] - 1], asked[offsets[1:][users] - 1]
+    apart = start[valid] < start[test]
+    return _train_cases(flat, offsets, first + train), _cases(flat, offsets, valid[apart]), _cases(flat, offsets, test[apart])
 
 # %% ../nbs/03_sequences.ipynb #cell-24
 def _case_hash(item, cases):
@@ -216,15 +222,15 @@ def _join(*parts):
     return Cases(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Cases)))
 
 # %% ../nbs/03_sequences.ipynb #cell-25
-def _train_part(item, train):
-    "bool (E,): the flat event lies in the input of a training case."
+def _times_read(item, train):
+    "int64 (E,): in the input of how many training cases the flat event lies."
     edge = np.zeros(len(item) + 1, np.int64)
     np.add.at(edge, train.start, 1); np.add.at(edge, train.stop, -1)
-    return np.cumsum(edge[:-1]) > 0
+    return np.cumsum(edge[:-1])
 
 def leak_panel(s):
     "The figures of a split that tell whether it leaks; `own_train_after_test` must be 0."
-    trained = _train_part(s.item, s.train)
+    trained = _times_read(s.item, s.train) > 0
     seen = np.zeros(len(s.items), bool); seen[s.item[trained]] = True; seen[s.train.target] = True
     cold = ~seen[s.test.target]
     h = _case_hash(s.item, _join(s.train, s.test))
@@ -274,7 +280,7 @@ def check_ids(s):
 def some_users(s, n):
     "`n` of the users who have a test case, evenly spread, with their events and cases; items keep their numbers. DataError for fewer than one or more than there are."
     own = np.unique(s.test.user)
-    if not 0 < n <= len(own): raise DataError(f"{s.name}: data.users={n}: expected 1 to {len(own)}, the users with a test case")
+    if not 0 < n <= len(own) or n != int(n): raise DataError(f"{s.name}: data.users={n}: expected a whole number from 1 to {len(own)}, the users with a test case")
     kept = own[np.linspace(0, len(own) - 1, n).astype(int)]
     keep, size = np.isin(np.arange(len(s.users)), kept), np.diff(s.offsets)
     events, offsets = np.repeat(keep, size), np.append(0, np.cumsum(size[kept])).astype(np.int64)
@@ -283,8 +289,10 @@ def some_users(s, n):
     def mine(c):
         c = c.take(keep[c.user])
         return replace(c, user=place[c.user], start=c.start - moved[c.user], stop=c.stop - moved[c.user])
-    return _finish(replace(s, name=f"{s.name}-{n}users", users=s.users[kept], offsets=offsets, **{k: getattr(s, k)[events] for k in ("item", "behavior", "time", "first")},
-                           **{split: mine(s.cases(split)) for split in ("train", "valid", "test")}))
+    cases, used = {split: mine(s.cases(split)) for split in ("train", "valid", "test")}, {"users": len(kept), "items": s.n_items, "events": int(events.sum())}
+    if not len(cases["train"]): raise DataError(f"{s.name}: data.users={n}: these users leave no training case; take more of them")
+    return _finish(replace(s, name=f"{s.name}-{n}users", users=s.users[kept], offsets=offsets, counts=s.counts | {"used": used}, **cases,
+                           **{k: getattr(s, k)[events] for k in ("item", "behavior", "time", "first")}))
 
 # %% ../nbs/03_sequences.ipynb #cell-32
 def _behavior_order(found, declared, name):
@@ -332,7 +340,7 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
         keep, stages = keep_core(flat.user, flat.item, flat.first.astype(np.float64), min_user, min_item)
         flat, counts["core"] = flat.keep(keep), stages
         if not keep.any(): raise DataError(f"{name}: the {min_user}/{min_item}-core is empty (of {len(keep)} events); lower min_user or min_item")
-    if labels not in ("all", "last"): raise DataError(f"{name}: labels={labels!r} is unknown; valid: 'all', 'last'")
+    _check_labels(labels, name)
     wanted = _wanted(target, found, name)
     if split == "leave_one_out" and not wanted: flat, counts["users_too_short"] = _drop_short(flat, 3, name)
     flat.user, users = _renumber(flat.user, users); flat.item, items = _renumber(flat.item, items)
@@ -352,6 +360,9 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
                              split=how | {"target": target, "group": group, "collapse": collapse, "min_user": min_user, "min_item": min_item, "cold": cold}))
 
 # %% ../nbs/03_sequences.ipynb #cell-36
+def _check_labels(labels, name):
+    if labels not in ("all", "last"): raise DataError(f"{name}: labels={labels!r} is unknown; valid: 'all', 'last'")
+
 def _wanted(target, found, name):
     "Codes of the target behaviors among those `found`; () = any."
     if target is None: return ()
@@ -360,15 +371,22 @@ def _wanted(target, found, name):
     if unknown: raise DataError(f"{name}: target behavior {unknown[0]!r} does not occur; the file has {sorted(found)}")
     return tuple(int(np.flatnonzero(found == t)[0]) for t in names)
 
+def _rising(name, what, values, low=-math.inf, high=math.inf):
+    "DataError unless `values` are two numbers, the first below the second, both between `low` and `high`."
+    if len(values) != 2 or not low < values[0] < values[1] < high:
+        raise DataError(f"{name}: {what}={tuple(values)}: expected two rising " + ("times" if high == math.inf else f"shares between {low} and {high}"))
+
 def _split(flat, offsets, wanted, split, cuts, cut_shares, which, unit, name):
     "-> ((train, valid, test), {kind and parameters})"
     if split == "leave_one_out": return split_leave_one_out(flat, offsets, wanted), {"kind": split}
     if split == "share_cuts" and wanted: raise DataError(f"{name}: split 'share_cuts' asks for any next event; this set asks for {len(wanted)} of its behaviors. Use 'leave_one_out'")
+    if split == "share_cuts" or cuts is None: _rising(name, "cut_shares", cut_shares, 0, 1)
     if split == "share_cuts": return split_share_cuts(flat, offsets, cut_shares), {"kind": split, "shares": list(cut_shares)}
     if split != "global_temporal": raise DataError(f"{name}: split {split!r} is unknown; valid: 'leave_one_out', 'global_temporal', 'share_cuts' (ready-made lists: 'given')")
     if unit == "order": raise DataError(f"{name}: split 'global_temporal' needs time stamps; this set has an order only. Use 'leave_one_out'")
     if which not in ("first", "all"): raise DataError(f"{name}: which={which!r} is unknown; valid: 'first', 'all'")
-    if cuts is None: cuts = [int(np.quantile(flat.time, q, method="lower")) for q in cut_shares]
+    if cuts is not None: _rising(name, "cuts", cuts)
+    else: cuts = [int(np.quantile(flat.time, q, method="lower")) for q in cut_shares]
     return split_global_temporal(flat, offsets, wanted, cuts, which), {"kind": split, "cuts": [int(c) for c in cuts], "which": which}
 
 def _usable(train, valid, test, flat, cold):
@@ -378,7 +396,7 @@ def _usable(train, valid, test, flat, cold):
     valid, test = valid.take(valid.length > 0), test.take(test.length > 0)
     if cold == "drop":
         seen = np.zeros(int(flat.item.max()) + 2, bool)
-        seen[flat.item[_train_part(flat.item, train)] + 1] = True; seen[train.target] = True
+        seen[flat.item[_times_read(flat.item, train) > 0] + 1] = True; seen[train.target] = True
         counts["cold_cases_dropped"] = int((~seen[valid.target]).sum() + (~seen[test.target]).sum())
         valid, test = valid.take(seen[valid.target]), test.take(seen[test.target])
     if not len(train): raise DataError("no training sequence of two or more events is left; lower min_user or min_item, or check the time cuts")
@@ -400,7 +418,11 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
     Each row is a sequence of its own; the user is its row number, counted over the files. Raises DataError naming what was found."""
     f = _stack_lists([train, test] + ([valid] if valid is not None else []))
     n = f["items"].list.len().to_numpy().astype(np.int64)
-    if not n.all(): raise DataError(f"{name}: row {int(np.flatnonzero(n == 0)[0])} has an empty list; expected at least one item")
+    for k, (rows, what) in enumerate(zip((train, test, valid), ("training", "test", "validation"))):
+        own = n[f["part"].to_numpy() == k]
+        if rows is not None and not len(own): raise DataError(f"{name}: the {what} file holds no row")
+        if not own.all(): raise DataError(f"{name}: row {int(np.flatnonzero(own == 0)[0])} (counted from 0) of the {what} file has an empty list; expected at least one item")
+    _check_labels(labels, name)
     code, items = number_tokens(pl.concat([f["items"].explode(), f["target"]]))
     kind, found = number_tokens(pl.concat([f["behaviors"].explode(), f["target_behavior"]]))
     place, behaviors = _behavior_order(list(found), behaviors, name)
@@ -421,10 +443,12 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
 # %% ../nbs/03_sequences.ipynb #cell-51
 def train_counts(sequences):
     "int64 (V,): training events per item, targets included; 0 for the pad and for cold items."
-    s, c = sequences, sequences.train
-    edge = np.zeros(len(s.item) + 1, np.int64)
-    np.add.at(edge, c.start, 1); np.add.at(edge, c.stop, -1)
-    return (np.bincount(s.item, edge[:-1].cumsum(), len(s.items)) + np.bincount(c.target, minlength=len(s.items))).astype(np.int64)
+    s, n = sequences, len(sequences.items)
+    return (np.bincount(s.item, _times_read(s.item, s.train), n) + np.bincount(s.train.target, minlength=n)).astype(np.int64)
+
+def unseen_items(sequences):
+    "Ids of the items that stand in no training case, neither read nor asked for; int64 (n,)."
+    return np.flatnonzero(train_counts(sequences)[1:] == 0) + 1
 
 # %% ../nbs/03_sequences.ipynb #cell-54
 @dataclass(frozen=True)
@@ -566,7 +590,7 @@ def at_beginnings(states, batch, table, max_len):
 # %% ../nbs/03_sequences.ipynb #cell-77
 def top_items(scores, k, exclude=None):
     """The `k` best of scores (B,V) -> (ids (B,k) int64, scores (B,k) float32), best first; equal scores by smaller id. Ids of `exclude` (B,X) and
-    the pad are never among them; where fewer than k remain, id 0 with -inf fills up."""
+    the pad are never among them; where fewer than k remain, id 0 with -inf fills up, and where V < k there are V columns."""
     scores = scores.float().clone(); scores[:, 0] = -torch.inf
     if exclude is not None: scores.scatter_(1, exclude, -torch.inf)
     value, ids = scores.sort(dim=1, descending=True, stable=True)

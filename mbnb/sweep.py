@@ -558,7 +558,7 @@ def collect(s):
         s.children.remove(child)
         t.state, t.reason = ended(child, folder, s.log(t))
         finish(s, t)
-        if child.process is None and t.asked: s.waiting.append(t)           # an earlier session had asked it to stop
+        if child.process is None and t.asked and t.state != "done": s.waiting.append(t)           # an earlier session had asked it to stop
 
 def wind_down(s, reason, patience):
     "Ask what runs to stop, and kill what does not in time; called again and again until nothing runs."
