@@ -1,14 +1,17 @@
 """Training in stages: what is judged, what is kept, what begins anew."""
 
+import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from mbnb.config import make_config
 from mbnb.datasets import load
-from mbnb.experiment import configure, run_experiment
-from mbnb.fit import FitConfig, FitError, FitState, Stage, fit, partition, seed_everything
+from mbnb.experiment import configure, find_run, run_experiment
+from mbnb.fit import FitConfig, FitError, FitState, Stage, fit, make_optimizer, partition, seed_everything
 from mbnb.losses.ce import CE
 from mbnb.models.sasrec import SASRec
 from mbnb.runs import load_run
@@ -127,3 +130,57 @@ def test_stage_one_is_frozen_in_stage_two(run):
     rows = {(r["stage"], r["epoch"]): r["parts"] for r in run.metrics.to_dict("records") if r["kind"] == "epoch"}
     assert rows["pretrain_retriever", 0]["sasrec"] == rows["pretrain_retriever", -1]["sasrec"]
     assert rows["pretrain_sasrec", 0]["retriever"] == rows["pretrain_sasrec", -1]["retriever"]
+
+
+def test_targets_that_end_in_an_early_stage_judge_what_was_trained(tmp_path):
+    config = configure(model="sigma_mule", dataset="toyshop-tiny", runs_dir=str(tmp_path), set="fit.targets=100 eval.bootstrap=20")
+    result = run_experiment(config, say=lambda line: None)
+    assert result["stage"] == config.stages[0].name and result["test"]["NDCG@10"] == result["parts"]["graph"]["NDCG@10"]
+
+
+def test_frozen_weights_keep_no_gradient_of_the_stage_before(shop):
+    model, left = model_of(shop), []
+    others = tuple({n.split(".")[0] for n, _ in model.named_parameters()} - {"items"})
+    stages = [Stage(name="one", epochs=1), Stage(name="two", epochs=1, train=("items",), freeze=others)]
+    for record in fit(model, {None: CE()}, shop, stages, FitConfig(threads=1), told([0.1] * 4)[0]):
+        if record["stage"] == "two" and record["kind"] == "step":
+            left += [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert record["stage"] == "two" and not left
+
+
+def interrupted(tmp_path, **parameters):
+    "A run that was killed after its first epoch, then gone on with -> result."
+    def stop(line):
+        if line.startswith("epoch   0"): raise KeyboardInterrupt
+    common = {"dataset": "toyshop-tiny", "epochs": 2, "runs_dir": str(tmp_path), "set": "eval.bootstrap=20 model.d_model=16"}
+    with pytest.raises(KeyboardInterrupt): run_experiment(configure(run_name="cut", **common, **parameters), say=stop)
+    return lambda: run_experiment(configure(resume="cut", runs_dir=str(tmp_path)), say=lambda line: None)
+
+
+def test_a_run_in_two_sessions_counts_the_time_of_both(tmp_path):
+    seconds = interrupted(tmp_path)()["seconds"]
+    assert seconds["total"] > seconds["train"] + seconds["evaluate"] > seconds["train"] > 0
+
+
+def test_a_fork_goes_on_when_its_parent_is_gone(tmp_path):
+    small = {"dataset": "toyshop-tiny", "epochs": 1, "runs_dir": str(tmp_path), "set": "eval.bootstrap=20 model.d_model=16"}
+    first = run_experiment(configure(run_name="parent", **small), lambda line: None)
+    go_on = interrupted(tmp_path, fork="parent")
+    shutil.rmtree(first["path"])
+    assert go_on()["epochs"] == 2
+
+
+def test_a_run_with_a_loss_that_is_no_more_is_only_another_run(tmp_path):
+    parameters = {"dataset": "toyshop-tiny", "epochs": 1, "runs_dir": str(tmp_path), "set": "eval.bootstrap=20 model.d_model=16"}
+    path = Path(run_experiment(configure(**parameters), lambda line: None)["path"])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"loss": "of_old"}))
+    assert find_run(configure(**parameters)) is None
+
+
+def test_rates_name_what_is_there_and_the_longest_name_counts(shop):
+    model = model_of(shop)
+    with pytest.raises(FitError, match="'nowhere', which holds no parameter"):
+        carried_out(shop, [Stage(epochs=1, lr={"nowhere": 1.0, "*": 0.1})], [0.1, 0.2], model)
+    stage = Stage(lr={"items": 0.1, "items.weight": 0.2, "*": 0.3})
+    assert {g["lr"] for g in make_optimizer(model, stage, partition(model, stage)).param_groups} == {0.2, 0.3}
