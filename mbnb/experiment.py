@@ -8,12 +8,13 @@ __all__ = ['LOOKED_AT', 'ORACLE_USERS', 'LOOK', 'RESERVE', 'READING', 'NOT_SAVED
            'valid_loss', 'make_evaluate', 'mean_and_error', 'inside', 'shown_cases', 'case_cards', 'peek', 'rank_rules',
            'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result', 'Control', 'clock_text', 'parts_text',
            'epoch_line', 'rules_text', 'save_progress', 'keep_progress', 'defaults_of', 'of_old', 'before_they_existed',
-           'load_progress', 'RunStopped', 'Parts', 'start_from', 'same_ids', 'how_to_set', 'prepare', 'data_facts',
-           'run_folder_of', 'saved_parameters', 'configure', 'some_cases', 'ask_twice', 'preflight', 'given_for_all',
-           'against_parent', 'order_card', 'Findings', 'loud', 'examine', 'stop_on_errors', 'run_experiment',
-           'announce', 'result_lines', 'make_watch', 'roll_back', 'diverged', 'worth_saving', 'final_ranks',
-           'save_item_vectors', 'same_state', 'collect_state', 'decided', 'gradient_cards', 'one_process', 'meaning',
-           'find_run', 'finished', 'look_before', 'doctor', 'against_rules', 'show_errors_short']
+           'load_progress', 'RunStopped', 'Parts', 'start_from', 'same_ids', 'how_to_set', 'read_data', 'prepare',
+           'data_facts', 'run_folder_of', 'saved_parameters', 'configure', 'some_cases', 'ask_twice', 'preflight',
+           'given_for_all', 'against_parent', 'order_card', 'Findings', 'loud', 'examine', 'stop_on_errors',
+           'run_experiment', 'announce', 'result_lines', 'make_watch', 'roll_back', 'diverged', 'worth_saving',
+           'final_ranks', 'save_item_vectors', 'same_state', 'collect_state', 'decided', 'gradient_cards',
+           'one_process', 'unwritten', 'data_of', 'meaning', 'find_run', 'finished', 'look_before', 'doctor',
+           'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
 import io
@@ -21,7 +22,6 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import statistics
@@ -213,7 +213,7 @@ def make_result(config, sequences, run_id, model, state, found, plans, table, cl
                     "fingerprint": plans[0].fingerprint, "fingerprints": {p.protocol: p.fingerprint for p in plans}, "n_cases": len(sequences.test), "best_epoch": state.best_epoch, "epochs": state.epochs,
                     "test": test, "ci": ci, "slices": protocols.by_slice(found[plans[0].name], protocols.slices(sequences, sequences.test), suffix=plans[0].name), "baselines": table,
                     "params": sum(p.numel() for p in model.parameters()), "seconds": clock.seconds(state),
-                    "targets_per_cpu_second": state.targets / state.cpu_seconds if state.cpu_seconds else None, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+                    "targets_per_cpu_second": state.targets / state.cpu_seconds if state.cpu_seconds else None, "peak_rss_mb": training.memory_now()[0] / 2**20}
 
 # %% ../nbs/21_experiment.ipynb #cell-16
 LOOK = .25                  # seconds between two looks for requests
@@ -371,13 +371,17 @@ def how_to_set(text):
     "How an option of reading, which an error names as an argument, is given to a run; '' where none is named."
     return f" In a run: -p set 'data.{found.group(1)}=...'" if (found := READING.search(text)) else ""
 
+def read_data(config, bad_rows_to):
+    "The Sequences of a RunConfig; rows that are set aside go to the file `bad_rows_to` where the config names none."
+    options = dict(config.data)
+    if options.get("on_bad_rows") == "quarantine": options.setdefault("bad_rows_to", bad_rows_to)
+    try: return datasets.load(config.parameters["dataset"], **options)
+    except DataError as e: raise DataError(f"{e}{how_to_set(str(e))}") from None
+
 def prepare(config, bad_rows_to):
     "-> Parts; the plan is that of the split that chooses the epoch, `plans` are those of the test cases."
     start_fabric(config.fit)                    # refuses what this machine cannot do before anything is written
-    options, split = dict(config.data), config.eval.select_on
-    if options.get("on_bad_rows") == "quarantine": options.setdefault("bad_rows_to", bad_rows_to)
-    try: sequences = datasets.load(config.parameters["dataset"], **options)
-    except DataError as e: raise DataError(f"{e}{how_to_set(str(e))}") from None
+    sequences, split = read_data(config, bad_rows_to), config.eval.select_on
     check_ids(sequences)
     if config.eval.valid_cases: sequences = replace(sequences, valid=some_cases(sequences.valid, config.eval.valid_cases))
     if not len(sequences.cases(split)): raise ConfigError(f"{sequences.name}: no {split} case to choose the epoch on; use another split, or cut times that leave some")
@@ -798,6 +802,14 @@ def _in_processes(config, say):
         raise
 
 # %% ../nbs/21_experiment.ipynb #cell-45
+def unwritten(config):
+    "The RunConfig without its own file for bad rows."
+    return replace(config, data={k: v for k, v in config.data.items() if k != "bad_rows_to"})
+
+def data_of(config):
+    "The Sequences of a RunConfig; rows that are set aside are written nowhere."
+    with tempfile.TemporaryDirectory() as room: return read_data(unwritten(config), str(Path(room) / "bad_rows.csv"))
+
 def meaning(saved):
     "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
     old = of_old(loss_class(saved["loss"]) if saved.get("loss") else None)
@@ -805,12 +817,15 @@ def meaning(saved):
     return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": resolved["fit"] | {"threads": 0}}}
 
 def find_run(config):
-    "The newest run of the same meaning in the config's `runs_dir`, a finished one before others; None if there is none."
+    "The newest run of the same meaning on the same data in the config's `runs_dir`, a finished one before others; None if there is none. A file whose contents have changed since is other data."
     own = meaning(json.loads(json.dumps(config.to_dict())))
     def same(run):
         try: return meaning(run.config) == own and run.status["state"] not in LIVE
         except MbnbError: return False                  # of a loss or a setting that is no more
     same = [run for path in list_runs(config.parameters["runs_dir"])["path"] if same(run := load_run(path))]
+    if not same: return None
+    now = data_of(config).data_hash
+    same = [run for run in same if run.config.get("data_hash") == now]
     return max(same, key=lambda run: (run.result is not None, run.id), default=None)
 
 def finished(say=print, **parameters):
@@ -824,8 +839,7 @@ def finished(say=print, **parameters):
 # %% ../nbs/21_experiment.ipynb #cell-46
 def look_before(config):
     "Preflight of a RunConfig by itself: data, rules, model; nothing is written."
-    config = replace(config, data={k: v for k, v in config.data.items() if k != "bad_rows_to"})
-    with tempfile.TemporaryDirectory() as room: parts = prepare(config, str(Path(room) / "bad_rows.csv"))
+    with tempfile.TemporaryDirectory() as room: parts = prepare(unwritten(config), str(Path(room) / "bad_rows.csv"))
     return preflight(config, parts, baseline_table(rank_rules(parts.sequences, "test", parts.plans)))
 
 def doctor(run_or_config, stage=""):
@@ -845,7 +859,7 @@ def doctor(run_or_config, stage=""):
 def against_rules(run, rules=None, metric="NDCG", k=10):
     """{protocol: {rule: Verdict}}: paired tests of a finished Run against rules without parameters, on the run's own test cases."""
     config = configure(**saved_parameters(run.config))
-    sequences = datasets.load(config.parameters["dataset"], **config.data)
+    sequences = data_of(config)
     plans, tests = build_plans(config, sequences, "test"), {}
     ranked = baselines.rank_baselines(sequences, sequences.test, plans, rules)
     for p in plans:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mbnb.experiment import configure
-from mbnb.runs import RunError, list_runs, load_run, read_records
+from mbnb.runs import RunError, list_runs, load_run, process_start, read_records
 from mbnb.sweep import PATIENCE, best_command, best_trial, propose, read_plan, run_sweep, set_budget, sweep_path, sweep_table, train_command
 from mbnb.zoo import ConfigError
 
@@ -298,9 +298,10 @@ def test_after_a_reboot_the_trial_goes_on(tmp_path):
     "Sweep and trial are killed together; then the boot id in their folders is another one."
     child = in_a_process(tmp_path, fixed=LONG, space=ONE)
     until(lambda: at_work(tmp_path / "s-t000" / "metrics.jsonl"))
-    os.kill(child.pid, signal.SIGKILL)
-    os.kill(load_run(tmp_path / "s-t000").status["pid"], signal.SIGKILL)
+    trial = load_run(tmp_path / "s-t000").status["pid"]
+    for pid in (child.pid, trial): os.kill(pid, signal.SIGKILL)
     child.join()
+    until(lambda: process_start(trial) is None)                 # no child of ours: it may still write
     for file in (tmp_path / "s-t000" / "status.json", tmp_path / "s-t000" / "lock", tmp_path / "sweeps" / "s" / "lock"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"boot_id": "before", "pid": os.getpid()}))
     assert sweep_table("s", tmp_path).state.tolist() == ["crashed"]
