@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from . import datasets
 from .doctor import THRESHOLDS, limits, mute
 from .evaluators import protocols
-from .fit import ANY, SOME, FitConfig, Stage, in_range
+from .fit import FitConfig, Stage
 from .repeat import losses_of
+from .settings import ANY, SOME, in_range
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
 # %% ../nbs/20b_config.ipynb #cell-5

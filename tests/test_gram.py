@@ -281,8 +281,10 @@ def test_ids_of_another_catalogue(cls):
 
 
 def test_unknown_settings():
-    for cls, change in ((GRAM, {"vocabulary": "t6"}), (GRAMC, {"mode": "pol"})):
-        with pytest.raises(ValueError, match="is unknown; valid"): cls.Config.small(5, **change)
+    for cls, change, says in ((GRAM, {"vocabulary": "t6"}, "expected 't5' or 'own'"),
+                              (GRAM, {"among": "tree"}, "expected 'tokens' or 'trie'"),
+                              (GRAMC, {"mode": "pol"}, "expected 'pool' or 'sequential'")):
+        with pytest.raises(ValueError, match=says): build(cls, **SMALL | change)
 
 
 def test_graph_of_other_items():

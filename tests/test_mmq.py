@@ -585,7 +585,7 @@ def test_trains_and_presets(changes):
 
 
 def test_wrong_values():
-    wrong = [({"encoder": "quantum"}, "encoder='quantum': expected one of 'states', 'density', 'linear'"),
+    wrong = [({"encoder": "quantum"}, "encoder='quantum': expected 'states', 'density' or 'linear'"),
              ({"readout": "abs"}, "readout='abs'"), ({"directions": 2}, "the way back has read the answers"),
              ({"n_states": 1}, "n_states=1"), ({"temperature": 0.}, "temperature=0"), ({"n_heads": 5}, "not a multiple"),
              ({"modalities": ("txt",)}, "'txt' is unknown"), ({"modalities": ()}, "the data has none"),

@@ -381,7 +381,7 @@ def test_switches_take_out_what_they_name():
         assert float((same.score(batch) - other.score(batch))[:, 1:].abs().max()) > 1e-3
 
 
-WRONG = [({"sigma": "none"}, "sigma='none' is unknown; valid: 'learned', 'one'"), ({"head_sign": "plus"}, "head_sign='plus'"),
+WRONG = [({"sigma": "none"}, "sigma='none': expected 'learned' or 'one'"), ({"head_sign": "plus"}, "head_sign='plus'"),
          ({"product": "half"}, "product='half'"), ({"users": "none"}, "users='none'"), ({"ffn": "one"}, "ffn='one'"),
          ({"query_behavior": "told"}, "query_behavior='told'"), ({"n_heads": 3}, "not a multiple"), ({"mask_prob": 1.5}, "mask_prob=1.5"),
          ({"prefix_prob": -1.}, "prefix_prob=-1.0")]

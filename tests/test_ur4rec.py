@@ -422,7 +422,8 @@ def test_watch_values():
 
 
 def test_wrong_values():
-    wrong = [({"fusion": "gating"}, "fusion='gating': expected one of weighted, learned, adaptive"), ({"n_ctx": 0}, "n_ctx=0"),
+    wrong = [({"fusion": "gating"}, "fusion='gating': expected 'weighted', 'learned' or 'adaptive'"),
+             ({"n_ctx": 0}, "n_ctx=0"), ({"tau": 0.}, "tau=0"),
              ({"moe_heads": 5}, "not a multiple"), ({"fusion_weight": 1.}, "fusion_weight=1.0"), ({"text_dim": 0}, "data.text=FILE"),
              ({"third": "image", "image_dim": 0}, "third='learned' needs none"),
              ({"user_context": "both", "user_text_dim": 0}, "take 'history'"), ({"user_memory": True, "n_users": 0}, "n_users")]

@@ -1,11 +1,15 @@
 "Every model of the zoo as a user starts it, up to the first step: the doctor must have no reason to stop it."
+from dataclasses import asdict, fields
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from mbnb import datasets
+from mbnb.checks import build
+from mbnb.config import SIZES
 from mbnb.experiment import configure, look_before
-from mbnb.zoo import MODELS
+from mbnb.zoo import MODELS, model_class
 
 SEARCH = "data.users=20"            # models that write their answer: ids and searches for a few users do
 HEADS = [(m, "model.head=repeat") for m in ("sasrec", "mgpt", "gear", "mbht")]
@@ -44,3 +48,22 @@ def views(tmp_path_factory):
 def test_nothing_stops_a_model_where_there_is_one_behavior(model, setting, views):
     cards = look_before(configure(model=model, dataset=str(views), set=f"fit.threads=1 {setting}"))
     assert not [str(c) for c in cards if c.severity == "E"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(model):
+    "A whole number below zero, a share above one, a word that nobody knows: a ValueError, which a run makes a sentence of."
+    cls = model_class(model)
+    for name, value in asdict(build(cls).config).items():
+        share, word = name.endswith(("dropout", "_prob")), value and isinstance(value, str)
+        wrong = -1 if type(value) is int else 1.5 if share else "nonsense" if word else None
+        if wrong is None or name in SIZES: continue
+        with pytest.raises(ValueError, match=f"{name}={wrong!r}"): build(cls, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["max_len", "d_model", "n_layers", "n_heads", "d_conv", "d_state", "beam", "chunk"])
+def test_a_size_of_zero_is_refused(name):
+    with_it = [m for m in MODELS if name in {f.name for f in fields(model_class(m).Config)} and (m, name) != ("lightgcn", "n_layers")]
+    assert len(with_it) > 1
+    for model in with_it:
+        with pytest.raises(ValueError, match=f"{name}=0: expected 1 or more"): build(model_class(model), **{name: 0})

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock, cloze
 from ..sequences import Prediction, own_items, top_items
+from ..settings import SHARE, check_settings
 
 # %% ../../nbs/models/05_bert4rec.ipynb #cell-6
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class BERT4Rec(nn.Module):
         super().__init__()
         c = self.config = config
         if not 0 < c.mask_prob <= 1: raise ValueError(f"mask_prob={c.mask_prob}: expected a share above 0, at most 1; last_mask_prob=1.0 hides the last item alone")
-        if not 0 <= c.last_mask_prob <= 1: raise ValueError(f"last_mask_prob={c.last_mask_prob}: expected a share between 0 and 1")
+        check_settings(c, last_mask_prob=SHARE)
         self.mask = c.n_items + 1
         self.items = nn.Embedding(c.n_items + 2, c.d_model, padding_idx=0)
         self.position = nn.Parameter(torch.empty(c.max_len + 1, c.d_model))

@@ -42,9 +42,6 @@ class Config:
         sizes = {k: changes.pop(k, given) for k, given in (("n_tokens", 2), ("id_length", 1))}
         return replace(cls(n_items, **sizes, max_len=10, prompt_len=48, num_cf=2, d_model=128, ff_dim=512, n_heads=4, d_head=32, n_layers=2, vocabulary="own", among="trie"), **changes)
 
-    def __post_init__(self):
-        if self.vocabulary not in ("t5", "own"): raise ValueError(f"vocabulary={self.vocabulary!r} is unknown; valid: t5, own")
-
 # %% ../../nbs/models/11_gram.ipynb #cell-8
 class GRAM(nn.Module):
     "Generative recommendation with coarse and fine prompts that are fused late (arXiv 2506.01673)."

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layers import Dropout
 from ..prompts import Prompted
+from ..settings import ANY, SHARE, SOME, check_settings
 
 # %% ../../nbs/models/12_gram_c.ipynb #cell-6
 @dataclass(frozen=True)
@@ -50,10 +51,6 @@ class Config:
         sizes = {k: changes.pop(k, given) for k, given in (("n_tokens", 2), ("id_length", 1), ("graph_dim", 1))}
         return replace(cls(n_items, **sizes, max_len=10, prompt_len=48, num_cf=2, d_model=128, ff_dim=512, n_heads=4, d_head=32, n_layers=2, vocabulary="own", among="trie"), **changes)
 
-    def __post_init__(self):
-        if self.vocabulary not in ("t5", "own"): raise ValueError(f"vocabulary={self.vocabulary!r} is unknown; valid: t5, own")
-        if self.mode not in ("pool", "sequential"): raise ValueError(f"mode={self.mode!r} is unknown; valid: pool, sequential")
-
 # %% ../../nbs/models/12_gram_c.ipynb #cell-8
 class Adapter(nn.Module):
     "Vectors of a graph (...,G) -> tokens (...,D)."
@@ -77,6 +74,7 @@ class GRAMC(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        check_settings(c, {"mode": ("pool", "sequential")}, n_recent=SOME, init_scale=ANY, prefix_dropout=SHARE)
         self.writer = Prompted(config, c.n_recent)
         self.adapter = Adapter(c.graph_dim, c.d_model, c.init_scale or {"pool": .1, "sequential": .01}[c.mode], c.dropout)
         self.register_buffer("graph", torch.zeros(c.n_items + 1, c.graph_dim), persistent=False)

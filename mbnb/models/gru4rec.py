@@ -15,6 +15,7 @@ from torch import nn
 
 from ..layers import Dropout, to_front
 from ..sequences import Prediction, next_items, own_items, top_items
+from ..settings import check_settings
 
 # %% ../../nbs/models/06_gru4rec.ipynb #cell-6
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GRU4Rec(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.positions not in ("all", "last"): raise ValueError(f"positions={c.positions!r}: expected 'all' or 'last'")
+        check_settings(c, {"positions": ("all", "last")})
         self.items = nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.gru = nn.GRU(c.d_model, c.hidden, c.n_layers, bias=False, batch_first=True)
         self.out, self.drop = nn.Linear(c.hidden, c.d_model), Dropout(c.dropout)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..graph import Propagate, as_tensors, inputs_of, normalized, train_edges
 from ..sequences import Prediction, own_items, top_items
+from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/09_lightgcn.ipynb #cell-6
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LightGCN(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        check_settings(c, n_layers=ANY)
         self.users, self.items = nn.Embedding(c.n_users, c.d_model), nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.train_len, self.kept = c.max_len, None
         for name, x in zip(("start", "column", "weight"), (torch.zeros(c.n_users + c.n_items + 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))): self.register_buffer(name, x, persistent=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
 from ..sequences import at_beginnings, at_labels, top_items
+from ..settings import check_settings
 
 # %% ../../nbs/models/13_mamba4rec.ipynb #cell-6
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Mamba4Rec(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.positions not in ("all", "prefixes", "last"): raise ValueError(f"positions={c.positions!r}: expected 'all', 'prefixes' or 'last'")
-        if c.residual not in ("auto", "yes", "no"): raise ValueError(f"residual={c.residual!r}: expected 'auto', 'yes' or 'no'")
+        check_settings(c, {"positions": ("all", "prefixes", "last"), "residual": ("auto", "yes", "no")})
         self.items = nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.norm, self.drop = nn.LayerNorm(c.d_model, 1e-12), Dropout(c.dropout)
         mixer = lambda: Mamba(c.d_model, c.d_state, c.d_conv, c.expand, c.dt_init, c.scan)

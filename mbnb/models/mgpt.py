@@ -17,6 +17,7 @@ from torch import nn
 from ..layers import Dropout, TimeMix, cloze, right_padded
 from ..repeat import History, RepeatHead, losses_of
 from ..sequences import Prediction, top_items
+from ..settings import SHARE, SOME, check_settings
 
 # %% ../../nbs/models/02_mgpt.ipynb #cell-6
 @dataclass(frozen=True)
@@ -193,8 +194,7 @@ def published(self: MixerBlock, x, place, real, at=None):
 # %% ../../nbs/models/02_mgpt.ipynb #cell-42
 def _check(c):
     "ValueError naming the field that does not fit."
-    for name, valid in (("form", ("general", "published")), ("levels", ("max", "attention"))):
-        if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(valid)}")
+    check_settings(c, {"form": ("general", "published"), "levels": ("max", "attention")}, item_levels=SOME, scales=SOME, n_queries=SOME, power=SOME, graph_dropout=SHARE)
     if len(c.scales) != len(c.n_queries): raise ValueError(f"scales={c.scales} and n_queries={c.n_queries}: expected one number of queries a scale")
     if c.mask_prob_high and not c.mask_prob <= c.mask_prob_high <= 1: raise ValueError(f"mask_prob_high={c.mask_prob_high}: expected 0 (one share for all rows) or a share from mask_prob={c.mask_prob} to 1")
     losses_of(("ce",), c.head)

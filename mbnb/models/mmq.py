@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..layers import Dropout, to_front
 from ..sequences import Prediction, collate, next_items, own_items, top_items, train_counts
+from ..settings import ANY, SOME, check_settings
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-6
 MODALITIES = ("text", "attributes", "image", "id")
@@ -210,7 +211,7 @@ class DensityEncoder(nn.Module):
 
 ENCODERS = {"states": StateEncoder, "density": DensityEncoder, "linear": LinearEncoder}
 CHOICES = {"unitary": ("complex", "real"), "readout": ("modulus", "signed"), "encoder": tuple(ENCODERS), "recon": ("pooled", "pca"), "diversity": ("overlap", "cosine", "distance"),
-           "causal": ("scm", "intervention", "invariance", "dice"), "positions": ("last", "all"), "directions": (1, 2)}
+           "causal": ("scm", "intervention", "invariance", "dice"), "nuisance": MODALITIES, "positions": ("last", "all"), "directions": (1, 2)}
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-35
 AUX = ("recon", "causal", "diversity", "orthogonality")
@@ -256,15 +257,13 @@ class MMQ(nn.Module):
 # %% ../../nbs/models/08_mmq.ipynb #cell-37
 def _present(c):
     "The modalities that are there; ValueError for settings that do not go together."
-    for name, valid in CHOICES.items():
-        if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(map(repr, valid))}")
+    check_settings(c, CHOICES, **dict.fromkeys(("id_dim", "d_z", "gru_layers", "gru_width", "d_out"), SOME), n_states=(2, math.inf), beta=ANY, kl_anneal_epochs=ANY)
     if wrong := [m for m in c.modalities if m not in MODALITIES]: raise ValueError(f"modalities={c.modalities!r}: {wrong[0]!r} is unknown; valid: {', '.join(MODALITIES)}")
     there = tuple(m for m in c.modalities if m == "id" or getattr(c, f"{m}_dim"))
     if not there: raise ValueError(f"modalities={c.modalities!r}: the data has none of them; add 'id', or give a table")
     if c.positions == "all" and c.directions == 2: raise ValueError("positions='all' with directions=2: the way back has read the answers; use positions='last' or directions=1")
     if c.causal == "invariance" and c.nuisance not in there: raise ValueError(f"causal='invariance' with nuisance={c.nuisance!r}: expected one of {', '.join(there)}")
     if not c.temperature > 0: raise ValueError(f"temperature={c.temperature}: expected a number above 0")
-    if c.n_states < 2: raise ValueError(f"n_states={c.n_states}: interference needs two")
     return there
 
 @patch

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..graph import KINDS, Grains
 from ..sequences import Prediction, top_items
+from ..settings import ANY, SOME, check_settings
 
 # %% ../../nbs/models/16_mule.ipynb #cell-6
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class MULE(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.propagate_every < 1: raise ValueError(f"propagate_every={c.propagate_every}: expected 1 or more batches")
+        check_settings(c, gcn_layers=ANY, attention_layers=ANY, propagate_every=SOME)
         self.grains = Grains(c.n_users, c.n_items, c.d_model, c.gcn_layers, c.attention_layers, c.graphs)
         self.train_len, self.unseen_share = c.max_len, 0.
         self.taken, self.held = 0, None                 # batches of this epoch; what the last propagation added

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..layers import Dropout, cloze
 from ..sequences import Prediction, asked_behaviors, next_items, own_items, top_items, train_counts
+from ..settings import SHARE, check_settings
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-6
 @dataclass(frozen=True)
@@ -51,11 +52,8 @@ CHOICES = {"query_behavior": ("auto", "given", "hidden"), "head_sign": ("minus",
 
 def check_config(c):
     "ValueError naming the field of a Config that does not fit, what was found and what is valid."
-    for name, valid in CHOICES.items():
-        if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r} is unknown; valid: {', '.join(map(repr, valid))}")
+    check_settings(c, CHOICES, prefix_prob=SHARE)
     if c.d_model % c.n_heads: raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
-    if not 0 <= c.mask_prob <= 1: raise ValueError(f"mask_prob={c.mask_prob}: expected a share between 0 and 1; with 0 the target alone is hidden")
-    if not 0 <= c.prefix_prob <= 1: raise ValueError(f"prefix_prob={c.prefix_prob}: expected a share between 0 and 1")
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-9
 FLOOR = 1e-6

@@ -12,9 +12,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..layers import Dropout, TransformerBlock, causal_mask
+from ..layers import ACTIVATIONS, Dropout, TransformerBlock, causal_mask
 from ..repeat import History, RepeatHead, losses_of
 from ..sequences import Prediction, next_items, own_items, top_items
+from ..settings import check_settings
 
 # %% ../../nbs/models/01_sasrec.ipynb #cell-5
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SASRec(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.positions not in ("all", "last"): raise ValueError(f"positions={c.positions!r}: expected 'all' or 'last'")
+        check_settings(c, {"positions": ("all", "last"), "activation": tuple(ACTIVATIONS)})
         self.items = nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.position = nn.Parameter(torch.empty(c.max_len, c.d_model))
         self.blocks = nn.ModuleList([TransformerBlock(c.d_model, c.n_heads, c.ff_dim, c.dropout, c.activation, c.norm_first, c.ln_eps) for _ in range(c.n_layers)])

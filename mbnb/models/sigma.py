@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layers import Dropout, ScanLayer, SigmaBlock
 from ..sequences import at_beginnings, at_labels, top_items
+from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/14_sigma.ipynb #cell-6
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SIGMA(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.positions not in ("all", "prefixes", "last"): raise ValueError(f"positions={c.positions!r}: expected 'all', 'prefixes' or 'last'")
+        check_settings(c, {"positions": ("all", "prefixes", "last")}, flip_keep=ANY)
         if c.form == "published" and c.positions == "all": raise ValueError("positions='all' with form='published': the reversed past holds the answers; expected positions='prefixes', positions='last' or form='causal'")
         self.items = nn.Embedding(c.n_items + 1, c.d_model, padding_idx=0)
         self.norm, self.drop = nn.LayerNorm(c.d_model, 1e-12), Dropout(c.dropout)

@@ -15,6 +15,7 @@ from torch import nn
 from ..graph import KINDS, Grains, bpr_pairs
 from ..layers import Dropout, ScanLayer, SigmaBlock
 from ..sequences import Prediction, asked_behaviors, at_labels, top_items
+from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/17_sigma_mule.ipynb #cell-6
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SigmaMuLe(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.query not in ("auto", "given", "none"): raise ValueError(f"query={c.query!r}: expected 'auto', 'given' or 'none'")
+        check_settings(c, {"query": ("auto", "given", "none")}, gcn_layers=ANY, attention_layers=ANY)
         self.grains = Grains(c.n_users, c.n_items, c.d_model, c.gcn_layers, c.attention_layers, c.graphs)
         self.sequence = Reader(c)
         self.inputs += ("target_behavior",) * (c.query == "given")

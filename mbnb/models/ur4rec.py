@@ -20,6 +20,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock, causal_mask
 from ..sequences import Prediction, next_items, own_items, top_items
+from ..settings import ANY, SHARE, SOME, check_settings
 
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-6
 CHOICES = {"positions": ("all", "last"), "third": ("attributes", "image", "learned"), "user_context": ("paragraph", "history", "both"),
@@ -83,8 +84,7 @@ class Config:
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-8
 def check_config(c):
     "ValueError where a Config asks for what there is not; warnings for what is known to work badly."
-    for name, valid in CHOICES.items():
-        if getattr(c, name) not in valid: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(valid)}")
+    check_settings(c, CHOICES, **dict.fromkeys(("width", "moe_heads", "n_sub_experts", "n_proxies", "n_neg", "n_positions", "n_ctx"), SOME), moe_dropout=SHARE, memory_decay=SHARE, memory_events=ANY)
     if not c.text_dim: raise ValueError("text_dim=0: UR4Rec reads a text about each item, and there is no such table; give one with data.text=FILE")
     if c.third != "learned" and not getattr(c, f"{c.third}_dim"):
         raise ValueError(f"third={c.third!r}, but there is no such table; give one with data.{c.third}=FILE, or take another: third='learned' needs none")
@@ -92,8 +92,7 @@ def check_config(c):
         raise ValueError(f"user_context={c.user_context!r} reads a text about each user, and there is no such table; give data.user_text=FILE, or take 'history'")
     if c.user_memory and not c.n_users: raise ValueError("user_memory=True: needs n_users, the number of users")
     if c.width % c.moe_heads: raise ValueError(f"width={c.width} is not a multiple of moe_heads={c.moe_heads}")
-    for name in ("n_sub_experts", "n_proxies", "n_neg", "n_positions", "n_ctx"):
-        if getattr(c, name) < 1: raise ValueError(f"{name}={getattr(c, name)}: expected at least 1")
+    if not c.tau > 0: raise ValueError(f"tau={c.tau}: expected a number above 0")
     if not 0 < c.fusion_weight < 1: raise ValueError(f"fusion_weight={c.fusion_weight}: expected a share between 0 and 1, the ends left out")
     if context_tokens(c) == 1:
         warnings.warn("the context of the user is one token: attention gives it the weight 1 whatever the candidate asks, so queries and keys are left out. "
