@@ -17,7 +17,7 @@ from .doctor import THRESHOLDS, limits, mute
 from .evaluators import protocols
 from .fit import FitConfig, Stage
 from .repeat import losses_of
-from .settings import ANY, SOME, in_range
+from .settings import ANY, SOME, in_range, one_of
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
 
 # %% ../nbs/20b_config.ipynb #cell-5
@@ -113,7 +113,9 @@ class EvalConfig:
     bootstrap: int = 1000               # resamples of the 95 % intervals
     seed: int = 0                       # of drawn negatives and resamples
 
-    def __post_init__(self): in_range("eval.", self, ConfigError, valid_cases=ANY, bootstrap=SOME)
+    def __post_init__(self):
+        one_of("eval.", self, ConfigError, select_on=CHOICES["select_on"], filtered_target=("error", "miss"))
+        in_range("eval.", self, ConfigError, valid_cases=ANY, bootstrap=SOME, seed=ANY)
 
 @dataclass(frozen=True)
 class RunConfig:
