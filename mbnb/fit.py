@@ -365,7 +365,7 @@ def _epoch(fabric, model, optimizer, loss, sequences, stage, config, state, max_
         labels = rows // getattr(model, "rows_per_target", 1)
         state.labels += labels
         if state.epochs: state.cpu_seconds += cpu; state.targets += labels
-        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "slots": int(slots), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
+        yield {"kind": "step", "stage": stage.name, "epoch": state.epoch + 1, "step": state.step, "loss": value, "rows": rows, "labels": labels, "slots": int(slots), "lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "wait": wait,
                **({"terms": terms} if len(terms) > 1 else {}), **({} if norm is None or skipped else {"grad_norm": norm}), **({"skipped": True} if skipped else {}), **({"pieces": state.pieces} if state.pieces > 1 else {})}
         start, cpu = time.perf_counter(), time.process_time()
 

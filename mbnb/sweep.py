@@ -7,8 +7,8 @@ __all__ = ['MEASURED', 'NOT_A_SETTING', 'SEARCHES', 'LISTED', 'MAIN', 'POLL', 'T
            'check_key', 'check_axis', 'trial_parameters', 'values_text', 'trial_config', 'run_meaning', 'check_apart',
            'ends', 'whole', 'check_space', 'grid_values', 'short', 'draw', 'random_values', 'import_optuna',
            'distribution', 'optuna_values', 'check_fixed', 'make_plan', 'most', 'propose', 'Trial', 'sweep_path',
-           'read_plan', 'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'measure',
-           'folder_state', 'rows_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial',
+           'read_plan', 'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'labels_of', 'measure',
+           'folder_state', 'labels_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial',
            'best_command', 'train_command', 'threads_each', 'child_environment', 'Child', 'start_process',
            'signal_group', 'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words', 'ended', 'SweepStopped',
            'Sweep', 'again', 'take_stock', 'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect',
@@ -283,11 +283,15 @@ def set_budget(name, runs_dir="runs", **budget):
     with opened(path): save_json(path / "plan.json", plan | {"budget": plan["budget"] | budget})
 
 # %% ../nbs/26_sweep.ipynb #cell-27
+def labels_of(step):
+    "Labels of a step record; older ones name the rows of its loss alone, of which M-GPT has one a label and level."
+    return step.get("labels", step["rows"])
+
 def measure(path):
-    "What the run folder says so far: value and its standard error, monitor, best_epoch, test, targets (rows trained on), minutes, cases (which data)."
+    "What the run folder says so far: value and its standard error, monitor, best_epoch, test, targets (labels trained on), minutes, cases (which data)."
     path, epochs, out = Path(path), [], {"targets": 0, "minutes": 0.}
     for r in read_records(path / "metrics.jsonl")[0] if (path / "metrics.jsonl").exists() else []:
-        if r["kind"] == "step": out["targets"] += r["rows"]
+        if r["kind"] == "step": out["targets"] += labels_of(r)
         if r["kind"] == "epoch": epochs.append(r)
         out["minutes"] += ({"step": r.get("seconds"), "epoch": r.get("eval_seconds")}.get(r["kind"]) or 0.) / 60
     if epochs:
@@ -302,14 +306,14 @@ def folder_state(path):
     status = derived_status(read_json(Path(path) / "status.json"))
     return status["state"], status.get("reason", "")
 
-def rows_trained(path, seen):
-    "Rows trained on so far; `seen` {path: (offset, rows)} keeps what was read before."
-    file, (offset, rows) = Path(path) / "metrics.jsonl", seen.get(path, (0, 0))
+def labels_trained(path, seen):
+    "Labels trained on so far; `seen` {path: (offset, labels)} keeps what was read before."
+    file, (offset, labels) = Path(path) / "metrics.jsonl", seen.get(path, (0, 0))
     if not file.exists(): return 0
-    if file.stat().st_size < offset: offset = rows = 0
+    if file.stat().st_size < offset: offset = labels = 0
     records, offset_now, notes = read_records(file, offset)
-    if any("read again" in note for note in notes): rows = 0
-    seen[path] = offset_now, rows + sum(r["rows"] for r in records if r["kind"] == "step")
+    if any("read again" in note for note in notes): labels = 0
+    seen[path] = offset_now, labels + sum(labels_of(r) for r in records if r["kind"] == "step")
     return seen[path][1]
 
 # %% ../nbs/26_sweep.ipynb #cell-29
@@ -518,8 +522,8 @@ def spent(s):
     if budget["minutes"] and worked >= budget["minutes"]: return f"budget spent: {worked:.3g} of {budget['minutes']:.3g} minutes"
     if not budget["targets"]: return ""
     running = [c.trial for c in s.children]
-    rows = sum(rows_trained(s.folder(t), s.seen) if t in running else t.measures.get("targets", 0) for t in s.trials)
-    return f"budget spent: {rows:,} of {budget['targets']:,} training targets" if rows >= budget["targets"] else ""
+    labels = sum(labels_trained(s.folder(t), s.seen) if t in running else t.measures.get("targets", 0) for t in s.trials)
+    return f"budget spent: {labels:,} of {budget['targets']:,} training targets" if labels >= budget["targets"] else ""
 
 def next_trial(s):
     "The Trial to start now, or None: one that waits, else a new one where the plan has one and what it hangs on is known."
@@ -608,7 +612,7 @@ def plan_text(plan, n_jobs):
 
 def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, minutes=0., seed=0, n_jobs=1, runs_dir="runs", crashed="resume", failed="keep", say=print, command=train_command):
     """Search `space` around the `fixed` parameters of nbs/train.ipynb, or go on with the sweep of this name; -> DataFrame as `sweep_table`.
-    trials, targets (rows trained on), minutes: the budget, 0 = none. crashed: "resume" trials that were killed, or only "mark" them. failed: "keep" what failed earlier as it is, or
+    trials, targets (labels trained on), minutes: the budget, 0 = none. crashed: "resume" trials that were killed, or only "mark" them. failed: "keep" what failed earlier as it is, or
     "retry" it, once a call. command: {parameters} -> argument list
     of a process that leaves a run folder. ConfigError and RunError before anything starts; SweepStopped when interrupted."""
     for key, value, valid in (("crashed=", crashed, ("resume", "mark")), ("failed=", failed, ("keep", "retry"))):
