@@ -69,6 +69,7 @@ def curve(entry, metric="NDCG@10", x="epoch", suffix=""):
     "-> x, y (n,): the validation metric after each epoch. x: 'epoch' (counted over all stages), 'minutes' or 'samples', added up from the start."
     if x not in AXES: raise CompareError(f"x axis {x!r}: expected one of {', '.join(AXES)}")
     rows = [r for r in epoch_records(entry.run) if finite((r.get("metrics") or {}).get(metric + suffix)) is not None]
+    if x == "samples" and all("labels" in r for r in rows): return np.array([r["labels"] for r in rows], float), np.array([r["metrics"][metric + suffix] for r in rows], float)
     spent = {"epoch": lambda r: 1., "minutes": lambda r: ((r.get("train_seconds") or 0) + (r.get("eval_seconds") or 0)) / 60, "samples": lambda r: float(r.get("rows") or 0)}[x]
     return np.cumsum([spent(r) for r in rows]) - (2 if x == "epoch" else 0), np.array([r["metrics"][metric + suffix] for r in rows], float)
 

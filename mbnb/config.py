@@ -31,7 +31,9 @@ def check_type(name, value, like):
     "`value` as the type of `like`; ConfigError unless it is one (an int may stand for a float)."
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool): return float(value)
     if type(value) is type(like) or (like is None and (value is None or isinstance(value, str))): return value
-    if isinstance(like, tuple) and isinstance(value, (list, tuple)): return tuple(value)
+    if isinstance(like, tuple) and isinstance(value, (list, tuple)):
+        if like and all(type(x) is int for x in like) and not all(type(x) is int for x in value): raise ConfigError(f"{name}={value!r}: expected whole numbers (such as {like!r})")
+        return tuple(value)
     if isinstance(like, dict) and isinstance(value, dict): return value
     raise ConfigError(f"{name}={value!r}: found {type(value).__name__}, expected {type(like).__name__} (such as {like!r})")
 
@@ -114,7 +116,7 @@ class EvalConfig:
     seed: int = 0                       # of drawn negatives and resamples
 
     def __post_init__(self):
-        one_of("eval.", self, ConfigError, select_on=CHOICES["select_on"], filtered_target=("error", "miss"))
+        one_of("eval.", self, ConfigError, select_on=CHOICES["select_on"], seen_filter=protocols.FILTERS, filtered_target=("error", "miss"))
         in_range("eval.", self, ConfigError, valid_cases=ANY, bootstrap=SOME, seed=ANY)
 
 @dataclass(frozen=True)

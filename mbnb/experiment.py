@@ -817,7 +817,7 @@ def meaning(saved):
     return {k: saved.get(k) or "" for k in ("model", "preset", "dataset", "loss", "fork")} | {"resolved": resolved | {"fit": resolved["fit"] | {"threads": 0}}}
 
 def find_run(config):
-    "The newest run of the same meaning on the same data in the config's `runs_dir`, a finished one before others; None if there is none. A file whose contents have changed since is other data."
+    "The newest run of the same meaning on the same data in the config's `runs_dir`, a finished one before others; None if there is none. Events that have changed since are other data; side tables are not looked at."
     own = meaning(json.loads(json.dumps(config.to_dict())))
     def same(run):
         try: return meaning(run.config) == own and run.status["state"] not in LIVE

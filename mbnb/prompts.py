@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .events import MbnbError
-from .search import beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
+from .search import AMONG, beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
 from .seq2seq import OUT, CheckpointError, Decoder, Encoder, read_t5
 from .sequences import Prediction, prefixes
 from .settings import ANY, SOME, check_settings
@@ -117,7 +117,7 @@ class Prompted(nn.Module):
     def __init__(self, config, reach=0):
         super().__init__()
         c = self.config = config
-        check_settings(c, {"vocabulary": ("t5", "own"), "among": ("tokens", "trie")}, prompt_len=SOME, num_cf=ANY, penalty=ANY)
+        check_settings(c, {"vocabulary": ("t5", "own"), "among": AMONG}, prompt_len=SOME, num_cf=ANY, penalty=ANY)
         self.reach = max(c.max_len, reach)
         parts = (c.d_model, c.ff_dim, c.n_heads, c.d_head, c.n_layers, c.dropout)
         self.tokens, self.encoder, self.decoder, self.place = start_tokens(c.n_tokens, c.d_model), Encoder(*parts), Decoder(*parts), nn.Embedding(1 + c.max_len, c.d_model)

@@ -14,7 +14,8 @@ import pytest
 
 from mbnb.experiment import configure
 from mbnb.runs import RunError, list_runs, load_run, process_start, read_records
-from mbnb.sweep import PATIENCE, best_command, best_trial, propose, read_plan, run_sweep, set_budget, sweep_path, sweep_table, train_command
+from mbnb.sweep import (PATIENCE, best_command, best_trial, labels_of, propose, read_plan, run_sweep, set_budget, sweep_path, sweep_table,
+                        train_command)
 from mbnb.zoo import ConfigError
 
 PAGE = Path(__file__).parents[1] / "nbs" / "sweep.ipynb"
@@ -284,6 +285,10 @@ def test_a_killed_trial_is_marked_and_resumed(tmp_path):
     assert table.state.tolist() == ["done", "done"] and starts(tmp_path) == [0, 1, 1]
     assert "1 finished before, 0 running, 1 to go on with" in said
     assert table.targets.tolist() == [1200, 1200]
+
+
+def test_targets_are_labels_not_rows_of_the_loss():
+    assert labels_of({"rows": 6, "labels": 2}) == 2 and labels_of({"rows": 6}) == 6          # records older than the count have rows alone
 
 
 def test_a_trial_that_is_killed_each_time_is_given_up(tmp_path):

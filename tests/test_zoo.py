@@ -8,6 +8,7 @@ import pytest
 from mbnb import datasets
 from mbnb.checks import build
 from mbnb.config import SIZES
+from mbnb.events import MbnbError
 from mbnb.experiment import configure, look_before
 from mbnb.zoo import MODELS, model_class
 
@@ -67,3 +68,27 @@ def test_a_size_of_zero_is_refused(name):
     assert len(with_it) > 1
     for model in with_it:
         with pytest.raises(ValueError, match=f"{name}=0: expected 1 or more"): build(model_class(model), **{name: 0})
+
+
+MEANINGLESS = [("mgpt", {"n_heads": 3}, "d_model=32 is not a multiple of n_heads=3"),
+               ("mgpt", {"scales": (), "n_queries": ()}, r"scales=\(\)"),
+               ("mmq", {"hidden": (64,)}, "expected two widths"), ("mmq", {"modalities": ("id", "id")}, "each once"),
+               ("mbht", {"mask_window": (5, 0)}, "mask_window"), ("ur4rec", {"memory_drift": -1.}, "expected 0 to 2"),
+               ("sigma_mule", {"graph_weight": float("inf")}, "graph_weight=inf")]
+
+
+@pytest.mark.parametrize("model, changes, says", MEANINGLESS)
+def test_settings_that_do_not_fit_together(model, changes, says):
+    with pytest.raises(ValueError, match=says): build(model_class(model), **changes)
+
+
+WRONG = [("model.scales=[4.5,10]", "expected whole numbers"),
+         ("fit.loss_weights={'main':-1.}", "loss_weights="), ("fit.min_delta=-.5", "min_delta=-0.5"),
+         ("fit.precision=bf17", "expected '32', 'bf16' or '16'"), ("fit.lr=-1.", "lr=-1.0"),
+         ("eval.select_on=tets", "expected 'valid' or 'test'"),
+         ("eval.seen_filter=seen", "seen_filter='seen'"), ("fit.unseen=drwan", "expected 'trained' or 'drawn'")]
+
+
+@pytest.mark.parametrize("setting, says", WRONG)
+def test_a_wrong_setting_is_refused_before_the_data_is_read(setting, says):
+    with pytest.raises(MbnbError, match=says): configure(model="mgpt", dataset="toyshop-tiny", set=setting)

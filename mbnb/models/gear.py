@@ -52,7 +52,6 @@ class Config:
 # %% ../../nbs/models/03_gear.ipynb #cell-9
 CHOICES = {"query_time": ("last", "target"), "query_behavior": ("auto", "given", "mixed"), "form": ("published", "masked"), "layout": ("alternate", "merged")}
 
-
 # %% ../../nbs/models/03_gear.ipynb #cell-12
 @dataclass(frozen=True)
 class Steps:

@@ -17,7 +17,7 @@ from torch import nn
 from ..layers import Dropout, TimeMix, cloze, right_padded, to_front
 from ..repeat import History, RepeatHead, losses_of
 from ..sequences import Prediction, own_items, top_items
-from ..settings import ANY, SHARE, SOME, check_settings
+from ..settings import SHARE, SOME, check_settings
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-5
 @dataclass(frozen=True)
@@ -194,8 +194,7 @@ CHOICES = {"pool": ("strided", "window"), "sim": ("published", "cosine"), "reado
 def _check(c):
     "ValueError naming the field that does not fit."
     if (len(c.scales), len(c.mask_window)) != (3, 2): raise ValueError(f"scales={c.scales}, mask_window={c.mask_window}: expected three numbers and two")
-    check_settings(c, CHOICES, scales=SOME, hyper_len=SOME, mask_window=ANY, hyper_dropout=SHARE)
-    if c.d_model % c.n_heads: raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
+    check_settings(c, CHOICES, scales=SOME, hyper_len=SOME, mask_window=SOME, hyper_dropout=SHARE)
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-46
 class MBHT(nn.Module):

@@ -44,7 +44,6 @@ class Config:
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-7
 CHOICES = {"positions": ("all", "last"), "delta": ("channel", "scalar", "none"), "query": ("auto", "given", "none")}
 
-
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-10
 class MBRMamba(nn.Module):
     "Mamba4Rec with behaviors in the input, in the step of the state and in the question. Our definition; the name is from a comparison table."

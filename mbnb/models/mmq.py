@@ -259,6 +259,8 @@ def _present(c):
     "The modalities that are there; ValueError for settings that do not go together."
     check_settings(c, CHOICES, **dict.fromkeys(("id_dim", "d_z", "gru_layers", "gru_width", "d_out"), SOME), n_states=(2, math.inf), beta=ANY, kl_anneal_epochs=ANY)
     if wrong := [m for m in c.modalities if m not in MODALITIES]: raise ValueError(f"modalities={c.modalities!r}: {wrong[0]!r} is unknown; valid: {', '.join(MODALITIES)}")
+    if len(set(c.modalities)) < len(c.modalities): raise ValueError(f"modalities={c.modalities!r}: each once")
+    if len(c.hidden) != 2: raise ValueError(f"hidden={c.hidden!r}: expected two widths")
     there = tuple(m for m in c.modalities if m == "id" or getattr(c, f"{m}_dim"))
     if not there: raise ValueError(f"modalities={c.modalities!r}: the data has none of them; add 'id', or give a table")
     if c.positions == "all" and c.directions == 2: raise ValueError("positions='all' with directions=2: the way back has read the answers; use positions='last' or directions=1")

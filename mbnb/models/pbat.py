@@ -53,7 +53,6 @@ CHOICES = {"query_behavior": ("auto", "given", "hidden"), "head_sign": ("minus",
 def check_config(c):
     "ValueError naming the field of a Config that does not fit, what was found and what is valid."
     check_settings(c, CHOICES, prefix_prob=SHARE)
-    if c.d_model % c.n_heads: raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-9
 FLOOR = 1e-6

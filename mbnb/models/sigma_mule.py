@@ -97,7 +97,7 @@ class SigmaMuLe(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        check_settings(c, {"query": ("auto", "given", "none")}, gcn_layers=ANY, attention_layers=ANY)
+        check_settings(c, {"query": ("auto", "given", "none")}, graph_weight=ANY, gcn_layers=ANY, attention_layers=ANY)
         self.grains = Grains(c.n_users, c.n_items, c.d_model, c.gcn_layers, c.attention_layers, c.graphs)
         self.sequence = Reader(c)
         self.inputs += ("target_behavior",) * (c.query == "given")

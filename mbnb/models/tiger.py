@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..search import beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
+from ..search import AMONG, beam_search, in_row_order, make_trie, over_catalogue, recommended, taught
 from ..seq2seq import Decoder, Encoder
 from ..sequences import Prediction, prefixes
 from ..settings import ANY, check_settings
@@ -58,7 +58,7 @@ class TIGER(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        check_settings(c, {"among": ("tokens", "trie")}, n_buckets=ANY)
+        check_settings(c, {"among": AMONG}, n_buckets=ANY)
         parts = (c.d_model, c.ff_dim, c.n_heads, c.d_head, c.n_layers, c.dropout)
         self.tokens = nn.Embedding(c.n_tokens, c.d_model)
         self.users = nn.Embedding(c.n_buckets, c.d_model) if c.n_buckets else None

@@ -84,7 +84,7 @@ class Config:
 # %% ../../nbs/models/07_ur4rec.ipynb #cell-8
 def check_config(c):
     "ValueError where a Config asks for what there is not; warnings for what is known to work badly."
-    check_settings(c, CHOICES, **dict.fromkeys(("width", "moe_heads", "n_sub_experts", "n_proxies", "n_neg", "n_positions", "n_ctx"), SOME), moe_dropout=SHARE, memory_decay=SHARE, memory_events=ANY)
+    check_settings(c, CHOICES, **dict.fromkeys(("width", "moe_heads", "n_sub_experts", "n_proxies", "n_neg", "n_positions", "n_ctx"), SOME), moe_dropout=SHARE, memory_decay=SHARE, memory_events=ANY, memory_drift=(0, 2))
     if not c.text_dim: raise ValueError("text_dim=0: UR4Rec reads a text about each item, and there is no such table; give one with data.text=FILE")
     if c.third != "learned" and not getattr(c, f"{c.third}_dim"):
         raise ValueError(f"third={c.third!r}, but there is no such table; give one with data.{c.third}=FILE, or take another: third='learned' needs none")
