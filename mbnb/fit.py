@@ -80,8 +80,9 @@ class Stage:
     beta2: float = .98              # Adam's second; SASRec's. Many public codes keep torch's .999
 
     def __post_init__(self):
+        if self.epochs != math.inf: in_range(f"stage {self.name!r}: ", self, FitError, epochs=ANY)
         one_of(f"stage {self.name!r}: ", self, FitError, schedule=SCHEDULES, optimizer=("adam", "adamw"))
-        in_range(f"stage {self.name!r}: ", self, FitError, lr=ANY, loss_weights=ANY, epochs=ANY, patience=ANY, plateau=ANY, warmup=ANY, weight_decay=ANY, beta2=SHARE)
+        in_range(f"stage {self.name!r}: ", self, FitError, lr=ANY, loss_weights=ANY, patience=ANY, plateau=ANY, warmup=ANY, weight_decay=ANY, beta2=SHARE)
 
 # %% ../nbs/10_fit.ipynb #cell-8
 def lr_factor(stage, step, total):
