@@ -193,7 +193,8 @@ CHOICES = {"pool": ("strided", "window"), "sim": ("published", "cosine"), "reado
 
 def _check(c):
     "ValueError naming the field that does not fit."
-    if (len(c.scales), len(c.mask_window)) != (3, 2): raise ValueError(f"scales={c.scales}, mask_window={c.mask_window}: expected three numbers and two")
+    if len(c.scales) < 2: raise ValueError(f"scales={c.scales}: expected a rank, then one number or more")
+    if len(c.mask_window) != 2: raise ValueError(f"mask_window={c.mask_window}: expected two numbers")
     check_settings(c, CHOICES, scales=SOME, hyper_len=SOME, mask_window=SOME, hyper_dropout=SHARE)
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-46
