@@ -2719,6 +2719,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbnb.sequences.from_events': ('sequences.html#from_events', 'mbnb/sequences.py'),
                                 'mbnb.sequences.from_lists': ('sequences.html#from_lists', 'mbnb/sequences.py'),
                                 'mbnb.sequences.in_valid_family': ('sequences.html#in_valid_family', 'mbnb/sequences.py'),
+                                'mbnb.sequences.item_scores': ('sequences.html#item_scores', 'mbnb/sequences.py'),
                                 'mbnb.sequences.keep_core': ('sequences.html#keep_core', 'mbnb/sequences.py'),
                                 'mbnb.sequences.leak_panel': ('sequences.html#leak_panel', 'mbnb/sequences.py'),
                                 'mbnb.sequences.next_items': ('sequences.html#next_items', 'mbnb/sequences.py'),

@@ -7,7 +7,7 @@ __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core',
            'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'from_events',
            'in_valid_family', 'from_lists', 'train_counts', 'unseen_items', 'Batch', 'collate', 'batch_rows', 'batches',
            'cut', 'forget', 'next_items', 'asked_behaviors', 'prefixes', 'Prediction', 'own_items', 'at_labels',
-           'at_beginnings', 'top_items']
+           'at_beginnings', 'item_scores', 'top_items']
 
 # %% ../nbs/03_sequences.ipynb #cell-2
 import hashlib
@@ -588,6 +588,12 @@ def at_beginnings(states, batch, table, max_len):
     return Prediction(states(read)[:, -1], y, table, exclude=own_items(batch, row))
 
 # %% ../nbs/03_sequences.ipynb #cell-77
+def item_scores(states, table, bias=None):
+    "States (...,D), item vectors (V,D), bias (V,) -> (...,V) float32 scores `<state, table[v]> + bias[v]`; the pad column is -inf."
+    scores = (states @ table.T if bias is None else states @ table.T + bias).float()
+    scores[..., 0] = -torch.inf
+    return scores
+
 def top_items(scores, k, exclude=None):
     """The `k` best of scores (B,V) -> (ids (B,k) int64, scores (B,k) float32), best first; equal scores by smaller id. Ids of `exclude` (B,X) and
     the pad are never among them; where fewer than k remain, id 0 with -inf fills up, and where V < k there are V columns."""

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, TransformerBlock, cloze
-from ..sequences import Prediction, own_items, top_items
+from ..sequences import Prediction, item_scores, own_items, top_items
 from ..settings import SHARE, check_settings
 
 # %% ../../nbs/models/05_bert4rec.ipynb #cell-6
@@ -118,9 +118,7 @@ def forward(self: BERT4Rec, batch):
 def score(self: BERT4Rec, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
     item = F.pad(batch.item_seq[:, -self.config.max_len:], (0, 1), value=self.mask)
-    z = (self.asked(self.states(item)[:, -1]) @ self.table().T + self.bias).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(self.asked(self.states(item)[:, -1]), self.table(), self.bias)
 
 @patch
 def recommend(self: BERT4Rec, batch, k):

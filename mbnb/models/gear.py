@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layers import Dropout, TransformerBlock
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, asked_behaviors, own_items, top_items
+from ..sequences import Prediction, asked_behaviors, item_scores, own_items, top_items
 from ..settings import ANY, SHARE, check_settings
 
 # %% ../../nbs/models/03_gear.ipynb #cell-6
@@ -228,8 +228,7 @@ def score(self: GEAR, batch):
     item, past, L = s.item[:, :-1], s.behavior[:, :-1], s.item.shape[1] - 1
     query = s.behavior[:, -1:] if self.given else torch.arange(1, self.config.n_behaviors + 1, device=item.device).expand(len(item), -1)
     x = self.slots(item, torch.cat([past, query], 1), s.time)
-    z = (x[:, 2 * L:] @ self.items.weight.T).float()                          # (B,Q,V)
-    z[:, :, 0] = -torch.inf
+    z = item_scores(x[:, 2 * L:], self.items.weight)                          # (B,Q,V)
     if self.repeat:
         memory = self.memory(x, s)
         z = torch.stack([self.repeat.score(x[:, 2 * L + q], z[:, q], memory, None, query[:, q]) for q in range(query.shape[1])], 1)

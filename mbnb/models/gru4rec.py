@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, to_front
-from ..sequences import Prediction, next_items, own_items, top_items
+from ..sequences import Prediction, item_scores, next_items, own_items, top_items
 from ..settings import check_settings
 
 # %% ../../nbs/models/06_gru4rec.ipynb #cell-6
@@ -87,9 +87,7 @@ def score(self: GRU4Rec, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
     read = (batch.item_seq[:, -self.config.max_len:] != 0).sum(1)
     h = self.states(batch.item_seq)[torch.arange(len(read), device=read.device), read]
-    z = (h @ self.items.weight.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(h, self.items.weight)
 
 @patch
 def recommend(self: GRU4Rec, batch, k):

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..graph import Propagate, as_tensors, inputs_of, normalized, train_edges
-from ..sequences import Prediction, own_items, top_items
+from ..sequences import Prediction, item_scores, own_items, top_items
 from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/09_lightgcn.ipynb #cell-6
@@ -134,9 +134,7 @@ def score(self: LightGCN, batch):
     users, table = self.vectors()
     h, known = users[batch.user], self.known[batch.user]
     if not known.all(): h = torch.where(known[:, None], h, self.from_history(batch.item_seq, table))
-    z = (h @ table.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(h, table)
 
 @patch
 def from_history(self: LightGCN, item_seq, table):

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
-from ..sequences import at_beginnings, at_labels, top_items
+from ..sequences import at_beginnings, at_labels, item_scores, top_items
 from ..settings import check_settings
 
 # %% ../../nbs/models/13_mamba4rec.ipynb #cell-6
@@ -81,9 +81,7 @@ def forward(self: Mamba4Rec, batch):
 @patch
 def score(self: Mamba4Rec, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
-    z = (self.states(batch.item_seq)[:, -1] @ self.items.weight.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(self.states(batch.item_seq)[:, -1], self.items.weight)
 
 @patch
 def recommend(self: Mamba4Rec, batch, k):

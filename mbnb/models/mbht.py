@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers import Dropout, TimeMix, cloze, right_padded, to_front
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, own_items, top_items
+from ..sequences import Prediction, item_scores, own_items, top_items
 from ..settings import SHARE, SOME, check_settings
 
 # %% ../../nbs/models/04_mbht.ipynb #cell-5
@@ -303,8 +303,7 @@ def score(self: MBHT, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
     slots = self.slots(batch)
     h = self.states(slots, newest(slots.real))
-    z = (h @ self.items.weight[:-1].T).float()
-    z[:, 0] = -torch.inf
+    z = item_scores(h, self.items.weight[:-1])
     return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch, slots), None, batch.target_behavior * self.given)
 
 @patch

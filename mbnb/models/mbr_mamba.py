@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, Mamba, ScanLayer
-from ..sequences import asked_behaviors, at_labels, top_items
+from ..sequences import asked_behaviors, at_labels, item_scores, top_items
 from ..settings import check_settings
 
 # %% ../../nbs/models/15_mbr_mamba.ipynb #cell-6
@@ -117,9 +117,7 @@ def forward(self: MBRMamba, batch):
 @patch
 def score(self: MBRMamba, batch):
     "Batch -> (B,V) float32 scores of all items, for `batch.target_behavior` where that is given; the pad column is -inf."
-    z = (self.states(batch.item_seq, batch.behavior_seq, asked_behaviors(batch)[:, 1:])[:, -1] @ self.items.weight.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(self.states(batch.item_seq, batch.behavior_seq, asked_behaviors(batch)[:, 1:])[:, -1], self.items.weight)
 
 @patch
 def recommend(self: MBRMamba, batch, k):

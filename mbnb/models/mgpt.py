@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers import Dropout, TimeMix, cloze, right_padded
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, top_items
+from ..sequences import Prediction, item_scores, top_items
 from ..settings import SHARE, SOME, check_settings
 
 # %% ../../nbs/models/02_mgpt.ipynb #cell-6
@@ -311,10 +311,9 @@ def score(self: MGPT, batch):
     target = slots.real.sum(1) - 1 if self.config.form == "published" else torch.full_like(slots.item[:, 0], slots.item.shape[1] - 1)
     states, z = self.pooled(self.encode(slots, target[:, None])[0][:, :, 0]), None           # (levels,B,D)
     for s in states:
-        one = (s @ self.items.weight[:-1].T).float()
+        one = item_scores(s, self.items.weight[:-1])
         if self.config.head == "repeat": one[:, 1:] = one[:, 1:].log_softmax(1)
         z = one if z is None else torch.maximum(z, one)
-    z[:, 0] = -torch.inf
     return z if self.config.head == "softmax" else self.repeat.score(states.mean(0), z, self.memory(batch, slots), target, batch.target_behavior * self.given)
 
 @patch

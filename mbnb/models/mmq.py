@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..layers import Dropout, to_front
-from ..sequences import Prediction, collate, next_items, own_items, top_items, train_counts
+from ..sequences import Prediction, collate, item_scores, next_items, own_items, top_items, train_counts
 from ..settings import ANY, SOME, check_settings
 
 # %% ../../nbs/models/08_mmq.ipynb #cell-6
@@ -410,9 +410,7 @@ def score(self: MMQ, batch):
     codes = self.codes(ids)
     read = (batch.item_seq[:, -self.config.max_len:] != 0).sum(1)
     out = self.answer([codes.z], codes.has, place, torch.arange(len(read), device=read.device), read)[0][0]
-    z = (out / self.config.temperature @ self.table().T + self.bias).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(out / self.config.temperature, self.table(), self.bias)
 
 @patch
 def recommend(self: MMQ, batch, k):

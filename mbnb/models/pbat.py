@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, cloze
-from ..sequences import Prediction, asked_behaviors, next_items, own_items, top_items, train_counts
+from ..sequences import Prediction, asked_behaviors, item_scores, next_items, own_items, top_items, train_counts
 from ..settings import SHARE, check_settings
 
 # %% ../../nbs/models/18_pbat.ipynb #cell-6
@@ -348,9 +348,7 @@ def score(self: PBAT, batch):
     "Batch -> (B,V) float32, minus the distance of each item up to a constant of the row; the pad column is -inf."
     item, behavior, _, real = self.slots(batch, 0.)
     states, table, bias = self.head(self.states(item, behavior, real, batch.user, torch.full_like(item[:, :1], item.shape[1] - 1)))
-    z = (states[:, 0] @ table.T + bias).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(states[:, 0], table, bias)
 
 @patch
 def recommend(self: PBAT, batch, k):

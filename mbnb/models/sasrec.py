@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers import ACTIVATIONS, Dropout, TransformerBlock, causal_mask
 from ..repeat import History, RepeatHead, losses_of
-from ..sequences import Prediction, next_items, own_items, top_items
+from ..sequences import Prediction, item_scores, next_items, own_items, top_items
 from ..settings import check_settings
 
 # %% ../../nbs/models/01_sasrec.ipynb #cell-5
@@ -111,8 +111,7 @@ def forward(self: SASRec, batch):
 def score(self: SASRec, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
     h = self.states(batch.item_seq)[:, -1]
-    z = (h @ self.items.weight.T).float()
-    z[:, 0] = -torch.inf
+    z = item_scores(h, self.items.weight)
     return z if self.config.head == "softmax" else self.repeat.score(h, z, self.memory(batch))
 
 @patch

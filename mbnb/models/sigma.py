@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..layers import Dropout, ScanLayer, SigmaBlock
-from ..sequences import at_beginnings, at_labels, top_items
+from ..sequences import at_beginnings, at_labels, item_scores, top_items
 from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/14_sigma.ipynb #cell-6
@@ -82,9 +82,7 @@ def forward(self: SIGMA, batch):
 @patch
 def score(self: SIGMA, batch):
     "Batch -> (B,V) float32 scores of all items; the pad column is -inf."
-    z = (self.states(batch.item_seq)[:, -1] @ self.items.weight.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(self.states(batch.item_seq)[:, -1], self.items.weight)
 
 @patch
 def recommend(self: SIGMA, batch, k):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..graph import KINDS, Grains, bpr_pairs
 from ..layers import Dropout, ScanLayer, SigmaBlock
-from ..sequences import Prediction, asked_behaviors, at_labels, top_items
+from ..sequences import Prediction, asked_behaviors, at_labels, item_scores, top_items
 from ..settings import ANY, check_settings
 
 # %% ../../nbs/models/17_sigma_mule.ipynb #cell-6
@@ -169,9 +169,7 @@ def forward(self: SigmaMuLe, batch):
 def score(self: SigmaMuLe, batch):
     "Batch -> (B,V) float32 scores of all items by the sequence part; the pad column is -inf."
     x, R = self.states(batch)
-    z = (x[:, -1] @ R.T).float()
-    z[:, 0] = -torch.inf
-    return z
+    return item_scores(x[:, -1], R)
 
 @patch
 def score_parts(self: SigmaMuLe, batch):
