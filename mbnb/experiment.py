@@ -652,6 +652,7 @@ def _train(config, run, parts, clock, say, control, findings=None, watch=None, t
             roll_back(config, run, parts, control, e)
             say(f"back to epoch {parts.state.epoch} with learning rate x {parts.state.scale:g}: {e}")
 
+# %% ../nbs/21_experiment.ipynb #cell-38
 def _loop(config, run, parts, clock, say, control, findings, watch, team):
     "Run the loop once and write everything down; -> (stopped before the end, why)."
     evaluate = make_evaluate(config, parts.sequences, parts.plan, config.eval.select_on, team)
@@ -691,6 +692,7 @@ def _watched(watch, record, model, run, findings):
     for probe in watch.take(): run.append(probe)
     if new: findings.add(new)
 
+# %% ../nbs/21_experiment.ipynb #cell-40
 def final_ranks(config, parts, team=ALONE):
     "({part: {plan name: Ranks}} of the test cases, Ranks of the validation cases or None), with the best weights."
     s, model = parts.sequences, parts.model
@@ -718,7 +720,7 @@ def _finish(config, run, parts, rules, clock, team):
     run.append({"kind": "result", "test": result["test"]}); run.sync()
     return result
 
-# %% ../nbs/21_experiment.ipynb #cell-38
+# %% ../nbs/21_experiment.ipynb #cell-42
 def save_item_vectors(path, sequences, model):
     "Write `item_vectors.npz` into the run folder `path`: `item` (n,) tokens without the pad, `vector` (n,D) float32 from `model.item_vectors()` (V,D)."
     vectors = model.item_vectors().detach().float().cpu().numpy()
@@ -727,7 +729,7 @@ def save_item_vectors(path, sequences, model):
     np.savez_compressed(out, item=np.array([str(t) for t in sequences.items[1:]]), vector=vectors[1:])
     return write_atomic(Path(path) / "item_vectors.npz", out.getvalue())
 
-# %% ../nbs/21_experiment.ipynb #cell-41
+# %% ../nbs/21_experiment.ipynb #cell-45
 def same_state(config, parts, team):
     "Before the loop: state and weights of the first process in all of them, random numbers of its own in each."
     if team.size == 1: return
@@ -748,7 +750,7 @@ def decided(team, state, stop=False):
     stop, state.scale = team.sum([bool(stop), state.scale] if not team.rank else [0., 0.])
     return bool(stop)
 
-# %% ../nbs/21_experiment.ipynb #cell-42
+# %% ../nbs/21_experiment.ipynb #cell-46
 def gradient_cards(config, parts, team):
     "C15 and C16 of a real step: every process has to ask."
     s, stage, max_len = parts.sequences, config.stages[0], getattr(parts.model, "train_len", parts.model.config.max_len)
@@ -782,7 +784,7 @@ def _follow_loop(config, parts, team):
             return True
     return False
 
-# %% ../nbs/21_experiment.ipynb #cell-43
+# %% ../nbs/21_experiment.ipynb #cell-47
 def one_process(config, say, team=None):
     "What each process of a run in several does; -> the result of the run, from the first one."
     team = team or join_team(config.fit.devices, PRECISION[config.fit.precision])
@@ -801,7 +803,7 @@ def _in_processes(config, say):
         e.args = (f"{e}\nGo on with -p resume {path.name} -p runs_dir {path.parent}",)
         raise
 
-# %% ../nbs/21_experiment.ipynb #cell-45
+# %% ../nbs/21_experiment.ipynb #cell-49
 def unwritten(config):
     "The RunConfig without its own file for bad rows."
     return replace(config, data={k: v for k, v in config.data.items() if k != "bad_rows_to"})
@@ -836,7 +838,7 @@ def finished(say=print, **parameters):
     if run is not None: config = configure(resume=run.id, runs_dir=config.parameters["runs_dir"])
     return load_run(run_experiment(config, say)["path"])
 
-# %% ../nbs/21_experiment.ipynb #cell-46
+# %% ../nbs/21_experiment.ipynb #cell-50
 def look_before(config):
     "Preflight of a RunConfig by itself: data, rules, model; nothing is written."
     with tempfile.TemporaryDirectory() as room: parts = prepare(unwritten(config), str(Path(room) / "bad_rows.csv"))
@@ -855,7 +857,7 @@ def doctor(run_or_config, stage=""):
         cards = [c for c in cards if c.id[0] != "R" and c not in late] + late
     return worst_first([c for c in cards if not stage or c.id[0] in stage])
 
-# %% ../nbs/21_experiment.ipynb #cell-49
+# %% ../nbs/21_experiment.ipynb #cell-53
 def against_rules(run, rules=None, metric="NDCG", k=10):
     """{protocol: {rule: Verdict}}: paired tests of a finished Run against rules without parameters, on the run's own test cases."""
     config = configure(**saved_parameters(run.config))
@@ -868,7 +870,7 @@ def against_rules(run, rules=None, metric="NDCG", k=10):
         tests[p.protocol] = {rule: stats.compare(a, metrics.per_case(r, metric, k), own.user) for rule, r in others.items()}
     return tests
 
-# %% ../nbs/21_experiment.ipynb #cell-52
+# %% ../nbs/21_experiment.ipynb #cell-56
 def show_errors_short():
     "In a notebook, show an MbnbError as its message alone; the cell still fails."
     from IPython import get_ipython
