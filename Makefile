@@ -37,8 +37,8 @@ test: setup  ## every page and tests/, two at a time: make test ARGS="-k sequenc
 test-slow: setup  ## the same with the long ones
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --slow tests $(ARGS)
 
-lab: setup  ## JupyterLab on the pages
-	$(BIN)/jupyter lab $(ARGS) nbs
+lab: setup  ## JupyterLab on the pages, the index first
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 pages: export  ## runs the pages and stores their small outputs: make pages PAGES="00_events evaluators/01_ranks"
 	$(BIN)/python .ci/pages.py $(PAGES)
