@@ -2604,6 +2604,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbnb.runs.rng_state': ('runs.html#rng_state', 'mbnb/runs.py'),
                            'mbnb.runs.run_path': ('runs.html#run_path', 'mbnb/runs.py'),
                            'mbnb.runs.run_row': ('runs.html#run_row', 'mbnb/runs.py'),
+                           'mbnb.runs.runs_folder': ('runs.html#runs_folder', 'mbnb/runs.py'),
                            'mbnb.runs.save_json': ('runs.html#save_json', 'mbnb/runs.py'),
                            'mbnb.runs.send_request': ('runs.html#send_request', 'mbnb/runs.py'),
                            'mbnb.runs.storage_errors': ('runs.html#storage_errors', 'mbnb/runs.py'),

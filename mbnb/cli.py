@@ -22,7 +22,7 @@ from pathlib import Path
 import mbnb
 from .events import MbnbError
 from .doctor import tally
-from .runs import RunError, entry_notebooks, new_run_id, read_json, run_path
+from .runs import RunError, entry_notebooks, new_run_id, read_json, run_path, runs_folder
 
 # %% ../nbs/27_cli.ipynb #cell-6
 def copy_notebooks(folder):
@@ -63,7 +63,7 @@ def read_parameters(pairs, defaults):
 def folder_of(run, runs_dir):
     "Folder of an old run, named by its id or by its path. Raises RunError where there is none."
     path = Path(run) if (Path(run) / "status.json").exists() else run_path(runs_dir, run)
-    if not (path / "status.json").exists(): raise RunError(f"{run}: no run of this name in {runs_dir}; `mbnb runs {runs_dir}` lists what there is")
+    if not (path / "status.json").exists(): raise RunError(f"{run}: no run of this name in {runs_folder(runs_dir)}; `mbnb runs {runs_folder(runs_dir)}` lists what there is")
     return path
 
 def run_folder(parameters, defaults):

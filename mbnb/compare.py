@@ -28,7 +28,7 @@ from .events import MbnbError
 from .doctor.across import protocol_facts
 from .evaluators import stats
 from .plots import verdict_table
-from .runs import Run, RunError, RunFolder, differences, flat, load_run, ranks_file
+from .runs import Run, RunError, RunFolder, differences, flat, load_run, ranks_file, runs_folder
 from .writers import fold, line, missing, stack, table_block
 from .zoo import nearest
 
@@ -110,7 +110,7 @@ def read_runs(runs):
     "A folder of runs, a run folder, or a list of run folders and `Run`s -> list of Entry. CompareError where there is none."
     if isinstance(runs, Run): runs = [runs]
     if isinstance(runs, str | Path):
-        root = Path(runs)
+        root = Path(runs) if (Path(runs) / "status.json").exists() else runs_folder(runs)
         runs = [root] if (root / "status.json").exists() else sorted(p.parent for p in root.glob("*/status.json"))
         if not runs: raise CompareError(f"{root}: no runs there (no folder with a status.json); name the folder that `runs_dir` named when they were made")
     entries = {str(e.run.path.resolve()): e for e in map(read_entry, runs)}

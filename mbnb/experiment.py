@@ -43,16 +43,18 @@ from .devices import ALONE, align, join_team, launch
 from .events import DataError, MbnbError
 from .fit import PRECISION, Diverged, FitConfig, FitState, Stage, fit, score_of, seed_everything, start_fabric, unseen_items
 from .ids import IdTable
-from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, filled, first_name, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, write_atomic
+from .runs import LIVE, Run, RunError, RunFolder, StorageError, best_words, check_run_id, environment, filled, first_name, list_runs, load_run, missing_parts, new_run_id, read_checkpoint, read_records, refuse_differences, restore_rng, rng_state, runs_folder, write_atomic
 from .sequences import batches, check_ids, collate, top_items
 from .zoo import ConfigError, loss_class, model_class
 
 # %% ../nbs/21_experiment.ipynb #cell-5
 def build_items(config, sequences):
-    "The side tables that the model reads, as `Items`; None for a model that reads none."
+    "The side tables that the model reads, as `Items`; None for a model that reads none. `data.graph` may be the id of a run."
     wanted = getattr(model_class(config.parameters["model"]), "sides", None)
     if config.sides and not wanted: raise ConfigError(f"data.{next(iter(config.sides))} is given, but model {config.parameters['model']} reads no side table")
-    return datasets.load_items(config.parameters["dataset"], sequences, wanted, config.data, **config.sides) if wanted else None
+    run = runs_folder(config.parameters["runs_dir"]) / config.sides.get("graph", "")
+    sides = config.sides | ({"graph": str(run)} if config.sides.get("graph") and run.is_dir() else {})
+    return datasets.load_items(config.parameters["dataset"], sequences, wanted, config.data, **sides) if wanted else None
 
 def ids_of(items):
     "Generated ids (n_items, Q) of `Items`; None where the model reads none."
@@ -409,7 +411,7 @@ NOT_SAVED = ("resume", "runs_dir", "panel", "lang", "run_name")
 
 def run_folder_of(p, name="resume"):
     "The folder that `resume` (or `fork`) names: a path, or the id of a run in `runs_dir`."
-    return Path(p[name]) if (Path(p[name]) / "config.json").exists() else Path(p["runs_dir"]) / p[name]
+    return Path(p[name]) if (Path(p[name]) / "config.json").exists() else runs_folder(p["runs_dir"]) / p[name]
 
 def saved_parameters(saved):
     "The parameters in a run's config.json, or in a plain table of parameters."
@@ -527,7 +529,7 @@ def _run(config, say, team=ALONE):
     clock, p = Clock(), config.parameters
     if p["resume"]: return _resume(config, clock, say, team)
     name = check_run_id(p["run_name"]) if p["run_name"] else new_run_id(p["model"], Path(p["dataset"]).name, p["seed"])
-    bad_rows = Path(p["runs_dir"]) / f"{name}.bad_rows.csv"
+    bad_rows = runs_folder(p["runs_dir"]) / f"{name}.bad_rows.csv"
     parts = prepare(config, bad_rows)
     with RunFolder.create(p["runs_dir"], name) as run:
         run.write_json("config.json", {k: v for k, v in config.to_dict().items() if k != "resume"} | parts.meta | {"data": data_facts(parts.sequences)})
@@ -795,7 +797,7 @@ def _in_processes(config, say):
     start_fabric(config.fit)                    # refuses what this machine cannot do
     p = config.parameters
     name = p["run_name"] or new_run_id(p["model"], Path(p["dataset"]).name, p["seed"])
-    path = run_folder_of(p) if p["resume"] else Path(p["runs_dir"]) / check_run_id(name)
+    path = run_folder_of(p) if p["resume"] else runs_folder(p["runs_dir"]) / check_run_id(name)
     try: return launch("mbnb.experiment:one_process", config if p["resume"] else replace(config, parameters=p | {"run_name": name}), config.fit.devices, say)
     except MbnbError as e:
         if getattr(e, "process", None) is None or not (path / "status.json").exists(): raise

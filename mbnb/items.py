@@ -91,8 +91,8 @@ def read_table(path, name):
     "The Table of a file. Raises DataError for a missing, unreadable or unknown kind of file, or vectors that are not finite."
     path = Path(path).expanduser()
     if path.is_dir(): path = path / "item_vectors.npz"          # of a run whose model has vectors of the items
-    if path.suffix not in SIDE_READERS: raise DataError(f"{path}: files of kind {path.suffix!r} are not read; expected one of {', '.join(SIDE_READERS)}")
     if not path.is_file(): raise DataError(f"{path}: no such file; expected the table {name!r} there (`-p set data.{name}=FILE`)")
+    if path.suffix not in SIDE_READERS: raise DataError(f"{path}: files of kind {path.suffix!r} are not read; expected one of {', '.join(SIDE_READERS)}")
     keys, values = SIDE_READERS[path.suffix](path)
     bad = np.flatnonzero(~np.isfinite(values).all(1)) if isinstance(values, np.ndarray) else []
     if len(bad): raise DataError(f"{path}: the vector of key {keys[bad[0]]!r} holds NaN or infinity ({len(bad)} such rows); expected finite numbers")

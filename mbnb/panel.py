@@ -39,7 +39,7 @@ from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_c
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
-from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, list_runs, load_run, new_run_id, run_path, send_request
+from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, list_runs, load_run, new_run_id, run_path, runs_folder, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
 # %% ../nbs/24_panel.ipynb #cell-5
@@ -128,7 +128,7 @@ def read_preflight(process, out):
 def start_run(parameters):
     "Start papermill on the entry page with these parameters; -> (folder of the run, the process). What papermill says goes to papermill.log there."
     p = PARAMETERS | parameters
-    if p["resume"]: folder = load_run(Path(p["runs_dir"]) / p["resume"]).path
+    if p["resume"]: folder = load_run(runs_folder(p["runs_dir"]) / p["resume"]).path
     else: folder = run_path(p["runs_dir"], p["run_name"] or new_run_id(p["model"], p["dataset"], p["seed"]))
     if not p["resume"] and (folder / "status.json").exists(): raise RunError(f"{folder}: this run exists already; choose another run_name")
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,7 +372,7 @@ class TrainPanel:
     """The panel: `TrainPanel()` shows the newest run that is working, or the form of a new one; `TrainPanel(run=id)` that run.
     `parameters`: what the form begins with, as of `nbs/train.ipynb`."""
     def __init__(self, run="", runs_dir="runs", **parameters):
-        self.runs_dir, self.run, self.tail, self.child, self.message, self.page = Path(runs_dir), None, None, None, "", "setup"
+        self.runs_dir, self.run, self.tail, self.child, self.message, self.page = runs_folder(runs_dir), None, None, None, "", "setup"
         self.axis, self.extra, self.twin, self._twin_of, self._listed, self._best = AXES[0], EXTRAS[0], None, None, (0., []), {}
         self._drawn, self.preflight, self.ahead = None, {}, {}
         self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(set_items(parameters.get("set", "")))

@@ -29,7 +29,7 @@ import numpy as np
 
 from .plots import (MARKS, WORDS, Curves, curves_of, epoch_rows, fragment, html_facts, html_table, number, part, rule_rows, run_facts, settings, short, speak,
                         split_word, stages_of, state_words, suffix_of, svg_curves, thin, when)
-from .runs import RESULT_KEYS, Run, RunError, list_runs, load_run, ranks_file, write_atomic
+from .runs import RESULT_KEYS, Run, RunError, list_runs, load_run, ranks_file, runs_folder, write_atomic
 
 # %% ../nbs/23_report.ipynb #cell-5
 PHRASES = WORDS | {
@@ -646,7 +646,7 @@ def pick_run(run="", runs_dir="runs"):
     there = list_runs(runs_dir)
     done = there[there.state == "done"]
     if not run and len(done): return Path(done.path.iloc[-1])
-    if not run: raise RunError(f"{runs_dir}: no finished run there; run nbs/train.ipynb first, or give runs_dir the folder that holds your runs")
+    if not run: raise RunError(f"{runs_folder(runs_dir)}: no finished run there; run nbs/train.ipynb first, or give runs_dir the folder that holds your runs")
     found = there[there.run == run]
     if len(found): return Path(found.path.iloc[0])
     raise RunError(f"run {run!r}: no run of this name in {runs_dir}, and no run folder of this path; the newest there: {', '.join(there.run[::-1][:5]) or 'none'}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'STATES', 'LIVE', 'BEAT', 'ACTIONS', 'STEP_COLUMNS', 'RANK_ARRAYS', 'FORMAT', 'MANIFEST_KEYS', 'ENV_ALLOWED',
-           'PACKAGES', 'RESULT_KEYS', 'RunError', 'StorageError', 'check_run_id', 'run_path', 'new_run_id',
-           'entry_notebooks', 'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic', 'plain',
-           'save_json', 'read_json', 'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal',
+           'PACKAGES', 'RESULT_KEYS', 'RunError', 'StorageError', 'check_run_id', 'runs_folder', 'run_path',
+           'new_run_id', 'entry_notebooks', 'storage_errors', 'Hashed', 'sync_folder', 'write_stream', 'write_atomic',
+           'plain', 'save_json', 'read_json', 'boot_id', 'process_start', 'this_process', 'is_alive', 'Lock', 'Journal',
            'parse_line', 'parse_lines', 'read_records', 'RunFolder', 'clear_orphans', 'refuse_existing',
            'derived_status', 'send_request', 'Run', 'load_run', 'read_steps', 'Tail', 'first_name', 'best_words',
            'ranks_file', 'digest', 'read_manifest', 'list_checkpoints', 'weight_bytes', 'tensor_bytes', 'parse_state',
@@ -51,9 +51,15 @@ def check_run_id(text):
     raise RunError(f"run id {str(text)[:100]!r}: expected 1 to 80 characters out of A-Z a-z 0-9 . _ - and no dot in front; "
                    "choose another run_name")
 
+def runs_folder(runs_dir="runs"):
+    "Path of a folder of runs. A page of a clone means the one beside `nbs/`; absolute paths and those that begin with `..` are taken as they are."
+    path, here = Path(runs_dir), Path.cwd()
+    pages = next((p for p in (here, *here.parents) if p.name == "nbs" and (p.parent / "settings.ini").is_file()), None)
+    return path if pages is None or path.parts[:1] == ("..",) else pages.parent / path
+
 def run_path(runs_dir, run_id):
     "Folder of a run, directly under `runs_dir`; RunError when the id or a link leads elsewhere."
-    root = Path(runs_dir).resolve()
+    root = runs_folder(runs_dir).resolve()
     path = root / check_run_id(run_id)
     if path.resolve().parent != root:
         raise RunError(f"{path} leads to {path.resolve()}, outside of {root}; remove the link or choose another run_name")
@@ -392,8 +398,8 @@ def reopen(cls: RunFolder, runs_dir, run_id):
     "Lock an existing run to go on with it; its state stays until `status` says otherwise. RunError when there is none or it is being written."
     path = run_path(runs_dir, run_id)
     if not (path / "status.json").exists():
-        there = ", ".join(sorted(p.parent.name for p in Path(runs_dir).glob("*/status.json"))[-5:]) or "none"
-        raise RunError(f"{path}: no run of this name; the newest in {runs_dir}: {there}")
+        there = ", ".join(sorted(p.parent.name for p in runs_folder(runs_dir).glob("*/status.json"))[-5:]) or "none"
+        raise RunError(f"{path}: no run of this name; the newest in {path.parent}: {there}")
     run = cls(path)
     for request in run.requests():
         (path / "requests" / f"{request['id']}.json").unlink(missing_ok=True)
@@ -967,5 +973,5 @@ def list_runs(runs_dir):
     import pandas as pd
     columns = ["run", "state", "reason", "model", "preset", "dataset", "loss", "protocol", "seed", "epoch", "best_epoch", "NDCG@10", "minutes",
                "fingerprint", "created", "path"]
-    rows = [run_row(file.parent) for file in sorted(Path(runs_dir).glob("*/status.json"))]
+    rows = [run_row(file.parent) for file in sorted(runs_folder(runs_dir).glob("*/status.json"))]
     return pd.DataFrame(rows, columns=columns).sort_values("created", kind="stable", ignore_index=True)

@@ -40,7 +40,7 @@ from .config import PARAMETERS, SECTIONS, check_parameters, parse_set
 from .experiment import NOT_SAVED, configure, meaning
 from .plots import COLORS
 from .runs import (LIVE, Journal, Lock, RunError, check_run_id, derived_status, differences, is_alive, process_start, read_json, read_records, run_path,
-                       save_json, send_request, this_process)
+                       runs_folder, save_json, send_request, this_process)
 from .zoo import ConfigError, unknown
 
 # %% ../nbs/26_sweep.ipynb #cell-5
@@ -225,7 +225,7 @@ class Trial:
 def sweep_path(runs_dir, name):
     "Folder of a sweep; RunError for a name that would lead elsewhere or leave no room for the names of its runs."
     if not name or not str(name)[0].isalnum() or len(name) > 70: raise RunError(f"name of a sweep {name!r}: expected a letter or digit first, and at most 70 characters")
-    return run_path(Path(runs_dir) / "sweeps", check_run_id(name))
+    return run_path(runs_folder(runs_dir) / "sweeps", check_run_id(name))
 
 def read_plan(path):
     "plan.json; RunError names the sweeps that are there."
@@ -621,7 +621,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
     if (path / "plan.json").exists(): settle_plan(path, plan)
     with opened(path) as journal, listening(signals):
         settle_plan(path, plan)
-        s = Sweep(path, Path(runs_dir), read_plan(path), journal, n_jobs, say, command, worked=minutes_worked(path), signals=signals)
+        s = Sweep(path, runs_folder(runs_dir), read_plan(path), journal, n_jobs, say, command, worked=minutes_worked(path), signals=signals)
         s.write("begin", n_jobs=n_jobs, threads=threads_each(n_jobs), owner=this_process())
         say(f"sweep {name}: {plan_text(plan, n_jobs)}")
         take_stock(s, crashed, failed)

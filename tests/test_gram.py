@@ -11,6 +11,7 @@ from mbnb import datasets
 from mbnb.checks import awake, build, check_model, choices, random_batch, random_items, widen
 from mbnb.config import make_config
 from mbnb.events import DataError
+from mbnb.experiment import build_items, configure
 from mbnb.fit import Stage, partition
 from mbnb.ids import IdTable, piece_table
 from mbnb.items import Items, Table
@@ -379,3 +380,13 @@ def test_presets(name):
 def test_conformance_at_twice_the_width_of_the_page():
     "The page checks a width of 32 for its time; 64 has to pass as well."
     check_model(GRAM, CE(), d_model=64, ff_dim=128, d_head=16)
+
+
+def test_graph_by_the_id_of_a_run(tmp_path):
+    s = datasets.load("toyshop-tiny")
+    (tmp_path / "mine").mkdir()
+    np.savez(tmp_path / "mine" / "item_vectors.npz", item=s.items[1:].astype(str), vector=np.ones((s.n_items, 8), np.float32))
+    given = dict(model="gram_c", dataset="toyshop-tiny", runs_dir=str(tmp_path))
+    asked = lambda graph: build_items(configure(**given, set=f"data.graph={graph}"), s)
+    assert asked("mine").sources()["graph"] == asked(tmp_path / "mine").sources()["graph"]
+    with pytest.raises(DataError, match="other: no such file; expected the table 'graph' there"): asked("other")

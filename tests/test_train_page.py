@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mbnb.compare import read_runs
+from mbnb.experiment import configure, run_experiment
+from mbnb.panel import attach
+from mbnb.report import pick_run
+from mbnb.runs import list_runs
+
 PAGE = Path(__file__).parents[1] / "nbs" / "train.ipynb"
 QUICK = [
     "-p",
@@ -66,3 +72,17 @@ def test_f49_a_wrong_parameter_ends_with_one_clear_message(tmp_path, args, words
     assert not (tmp_path / "runs").exists() and not (tmp_path / "owned").exists(), "nothing was written"
     errors = [o for o in outputs(tmp_path) if o["output_type"] == "error"]
     assert len(errors) == 1 and len(errors[0]["traceback"]) == 1, "a sentence, not a traceback"
+
+
+def test_pages_of_a_clone_share_its_runs(tmp_path, monkeypatch):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    made, quick = [], dict(dataset="toyshop-tiny", epochs=1, doctor="off", set="model.d_model=8 eval.bootstrap=20")
+    for place in (tmp_path, tmp_path / "nbs"):                      # as `make train` starts one, and as JupyterLab does
+        monkeypatch.chdir(place)
+        made.append(run_experiment(configure(**quick), say=lambda text: None))
+    here = [Path(r["path"]).name for r in made]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == sorted(here) and not (tmp_path / "nbs" / "runs").exists()
+    assert sorted(e.id for e in read_runs("runs")) == list_runs("runs").run.sort_values().tolist() == sorted(here)
+    assert pick_run() == tmp_path / "runs" / here[1]
+    assert attach(here[0]).run.id == here[0]
