@@ -197,12 +197,12 @@ def intervals(found, users, suffix, config):
 @dataclass
 class Clock:
     "Wall seconds of the parts of a run."
-    prepare: float = 0.; evaluate: float = 0.; start: float = field(default_factory=time.perf_counter)
-    def seconds(self, state): return {"prepare": self.prepare, "train": state.seconds, "evaluate": self.evaluate, "total": time.perf_counter() - self.start}
+    prepare: float = 0.; evaluate: float = 0.; earlier: float = 0.; start: float = field(default_factory=time.perf_counter)
+    def seconds(self, state): return {"prepare": self.prepare, "train": state.seconds, "evaluate": self.evaluate, "total": self.earlier + time.perf_counter() - self.start}
     def go_on(self, state, metrics):
         "Count what earlier sessions took: the steps of `state`, and the evaluations in the records `metrics`."
         evaluate = float(metrics.eval_seconds.sum()) if "eval_seconds" in metrics else 0.
-        self.evaluate += evaluate; self.start -= state.seconds + evaluate
+        self.evaluate += evaluate; self.earlier += state.seconds + evaluate
 
 def make_result(config, sequences, run_id, model, state, found, plans, table, clock):
     "The content of result.json."
