@@ -2043,7 +2043,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbnb.models.mule.MULE.prepare': ('models/mule.html#mule.prepare', 'mbnb/models/mule.py'),
                                   'mbnb.models.mule.MULE.recommend': ('models/mule.html#mule.recommend', 'mbnb/models/mule.py'),
                                   'mbnb.models.mule.MULE.score': ('models/mule.html#mule.score', 'mbnb/models/mule.py'),
-                                  'mbnb.models.mule.MULE.train': ('models/mule.html#mule.train', 'mbnb/models/mule.py'),
                                   'mbnb.models.mule.MULE.vectors': ('models/mule.html#mule.vectors', 'mbnb/models/mule.py'),
                                   'mbnb.models.mule.MULE.watch_values': ('models/mule.html#mule.watch_values', 'mbnb/models/mule.py')},
             'mbnb.models.pbat': { 'mbnb.models.pbat.BehaviorFFN': ('models/pbat.html#behaviorffn', 'mbnb/models/pbat.py'),

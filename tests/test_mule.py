@@ -273,6 +273,15 @@ def test_propagation_every_other_batch(shop):
     with pytest.raises(ValueError, match="propagate_every=0"): made(MULE, shop, propagate_every=0)
 
 
+def test_a_saved_model_goes_on_between_two_propagations(shop):
+    batch, (model, other) = collate(shop, shop.train, np.arange(20), 200), [made(MULE, shop, propagate_every=3).train() for _ in range(2)]
+    model(batch)
+    with torch.no_grad(): model.grains.items.weight[5] += 1
+    other.load_state_dict(model.state_dict())
+    other.eval().train()                                            # looked at in between
+    for _ in range(3): assert torch.equal(model(batch).table, other(batch).table)
+
+
 def test_last_epoch_is_not_what_is_tested():
     "Published runs test their last epoch; here every preset chooses on validation and stops."
     for cls in (MULE, SigmaMuLe):

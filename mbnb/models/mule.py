@@ -53,12 +53,9 @@ class MULE(nn.Module):
         check_settings(c, gcn_layers=ANY, attention_layers=ANY, propagate_every=SOME)
         self.grains = Grains(c.n_users, c.n_items, c.d_model, c.gcn_layers, c.attention_layers, c.graphs)
         self.train_len, self.unseen_share = c.max_len, 0.
-        self.taken, self.held = 0, None                 # batches of this epoch; what the last propagation added
-
-    def train(self, mode=True):
-        "As ever; an epoch begins with a propagation."
-        self.taken, self.held = 0, None
-        return super().train(mode)
+        if c.propagate_every > 1:                       # batches so far; what the last propagation added
+            self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("held", torch.zeros(c.n_users + c.n_items + 1, c.d_model))
 
 # %% ../../nbs/models/16_mule.ipynb #cell-9
 @patch
@@ -93,7 +90,7 @@ def vectors(self: MULE):
     sizes, every = [self.config.n_users, self.config.n_items + 1], self.config.propagate_every
     if every == 1 or not (self.training and torch.is_grad_enabled()): return self.grains.vectors()[0].split(sizes)
     first = torch.cat([self.grains.users.weight, self.grains.items.weight])
-    if self.taken % every == 0: final = self.grains.vectors()[0]; self.held = (final - first).detach()
+    if self.taken % every == 0: final = self.grains.vectors()[0]; self.held.copy_((final - first).detach())
     else: final = first + self.held
     self.taken += 1
     return final.split(sizes)
