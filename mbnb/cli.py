@@ -55,7 +55,7 @@ def read_parameters(pairs, defaults):
     for name, _ in pairs:
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, 1, 0)
-            raise MbnbError(f"-p {name}: no such parameter; nearest: {near[0]}; all: {', '.join(defaults)}")
+            raise MbnbError(f"-p {name}: no such parameter; nearest: {near[0]}; all: {', '.join(defaults)}. Settings of the parts are given by set: -p set 'model.d_model=128 fit.clip=1.0'")
         if sum(name == other for other, _ in pairs) > 1: raise MbnbError(f"-p {name} is given twice; give it once")
     return {name: read_value(text, defaults[name]) for name, text in pairs}
 

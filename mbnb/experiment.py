@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from . import datasets
-from .config import PARAMETERS, SIZES, STAGE_KEYS, EvalConfig, RunConfig, check_parameters, make_config, parse_set
+from .checks import SIZES
+from .config import PARAMETERS, STAGE_KEYS, EvalConfig, RunConfig, advice_taken, check_parameters, make_config, parse_set
 from .doctor import DoctorError, mute, read_cards, skipped, tally, worst_first
 from .doctor import across, config as before, data as of_data, parity, run as after, training
 from .evaluators import baselines, metrics, protocols, ranks, stats
@@ -605,6 +606,7 @@ def announce(run, config, parts, say):
     say(f"run {run.path}")
     say(f"{s.name}: {len(s.users):,} sequences, {s.n_items:,} items, {len(s.item):,} events; cases: train {len(s.train):,}, valid {len(s.valid):,}, test {len(s.test):,}")
     for name, source in parts.meta.get("items", {}).items(): say(f"{name}: {source}")
+    if advice := advice_taken(config): say(f"taken from the data set's advice: {advice}")
     say("leak panel: " + ", ".join(f"{k} {v}" for k, v in s.leaks.items()))
     mark = " (THE TEST CASES: fit only to repeat published numbers)" if config.eval.select_on == "test" else ""
     say(f"judged by {', '.join(f'{p.protocol} ({p.fingerprint})' for p in parts.plans)}; epoch chosen on {config.eval.select_on}{mark}")

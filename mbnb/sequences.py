@@ -458,7 +458,7 @@ class Batch:
     behavior_seq: torch.Tensor      # (B,L)
     time_seq: torch.Tensor          # (B,L)
     length: torch.Tensor            # (B,) events that stand in the row, at most L
-    user: torch.Tensor              # (B,)
+    user: torch.Tensor              # (B,) from 0, there is no pad
     target: torch.Tensor            # (B,)
     target_behavior: torch.Tensor   # (B,)
     target_time: torch.Tensor       # (B,)

@@ -47,11 +47,12 @@ LOSSES = {
 # %% ../nbs/20_zoo.ipynb #cell-7
 def nearest(word, valid):
     "The closest of `valid` to `word`, whatever the distance."
-    return max(valid, key=lambda v: difflib.SequenceMatcher(None, str(word).lower(), str(v).lower()).ratio())
+    return max(valid, default=None, key=lambda v: difflib.SequenceMatcher(None, str(word).lower(), str(v).lower()).ratio())
 
 def unknown(what, word, valid):
     "ConfigError for a name that is not in `valid`."
-    return ConfigError(f"unknown {what} {word!r}; nearest: {nearest(word, valid)!r}; valid: {', '.join(map(str, valid))}")
+    own = f". A {what} of your own needs a row in nbs/20_zoo.ipynb and an export (`make export`)" if what in ("model", "loss") else ""
+    return ConfigError(f"unknown {what} {word!r}; nearest: {nearest(word, valid)!r}; valid: {', '.join(map(str, valid))}{own}")
 
 def known(what, words, valid):
     "The `words`, a list, all of them in `valid`; ConfigError for the first that is not."
@@ -63,7 +64,16 @@ def resolve(name, table, what):
     "The class that `table` names; `what` is for the message."
     if name not in table: raise unknown(what, name, table)
     module, cls = table[name].split(":")
-    return getattr(import_module(module), cls)
+    try: return getattr(import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as e:
+        if getattr(e, "name", None) not in (module, cls): raise
+        raise ConfigError(f"{what} {name!r} should be {table[name]}, and that is not there: export its page (`make export`), or mend its row in nbs/20_zoo.ipynb") from e
 
-def model_class(name): return resolve(name, MODELS, "model")
+def model_class(name):
+    "The class of a model; ConfigError where it lacks what a run asks for first."
+    cls = resolve(name, MODELS, "model")
+    lacks = [part for part in ("Config", "losses", "PRESETS") if not hasattr(cls, part)]
+    if lacks: raise ConfigError(f"model {name!r}: {cls.__name__} has no {', '.join(lacks)}; nbs/20_zoo.ipynb says what a model has")
+    return cls
+
 def loss_class(name): return resolve(name, LOSSES, "loss")
