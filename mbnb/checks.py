@@ -116,10 +116,13 @@ def contract(cls):
     free = [f.name for f in fields(cls.Config) if f.default is MISSING and f.default_factory is MISSING and f.name not in SIZES]
     _need(not free, f"Config.{', '.join(free)}: no default; only sizes of the data ({', '.join(SIZES)}) have none")
     _need("max_len" in {f.name for f in fields(cls.Config)}, "Config has no max_len, the number of events that are read")
+    sizes = {f.name: 40 for f in fields(cls.Config) if f.name in SIZES}
     _need({"published", "small"} <= set(cls.PRESETS), f"PRESETS has {', '.join(cls.PRESETS)}; expected published and small among them")
     for name, preset in cls.PRESETS.items():
         _need(name == "published" or hasattr(cls.Config, name), f"Config has no class method {name!r} for the preset of that name")
         _need({"loss", "stages"} <= set(preset), f"PRESETS[{name!r}] has {', '.join(preset)}; expected loss and stages among them")
+        try: (cls.Config if name == "published" else getattr(cls.Config, name))(**sizes)
+        except TypeError as e: raise CheckError(f"{e}; every preset takes the sizes of the data, {', '.join(sizes)}, by name") from e
         try: FitConfig(**preset.get("fit", {})); [Stage(**s) for s in preset["stages"]]
         except TypeError as e: raise CheckError(f"PRESETS[{name!r}]: {e}; `fit` holds fields of FitConfig, `stages` those of Stage") from e
     alien = [name for name in cls.losses if not find_spec(f"mbnb.losses.{name}")]
@@ -132,7 +135,8 @@ def shapes(model, batch):
     "`forward` gives a Prediction of matching shapes whose targets are items; `score` is (B,V) with no candidate in column 0."
     p, z = model(batch), model.score(batch)
     V = model.config.n_items + 1
-    _need(isinstance(p, Prediction) and p.states.shape[0] == p.targets.shape[0] and p.states.shape[1] == p.table.shape[1], f"Prediction: states {tuple(p.states.shape)}, targets {tuple(p.targets.shape)}, table {tuple(p.table.shape)} do not fit")
+    _need(isinstance(p, Prediction), f"forward gives a {type(p).__name__}; expected a Prediction: states, targets and the table that both belong to")
+    _need(p.states.shape[0] == p.targets.shape[0] and p.states.shape[1] == p.table.shape[1], f"Prediction: states {tuple(p.states.shape)}, targets {tuple(p.targets.shape)}, table {tuple(p.table.shape)} do not fit")
     _need(int(p.targets.min()) > 0, "Prediction: target 0, the pad, occurs")
     _need(z.shape == (len(batch), V) and z.dtype == torch.float32, f"score: {tuple(z.shape)} {z.dtype}, expected {(len(batch), V)} float32")
     _need(bool(z[:, 0].isneginf().all()), "score: column 0, the pad, has finite values; expected -inf (`item_scores` puts it there)")
