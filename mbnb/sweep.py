@@ -7,12 +7,13 @@ __all__ = ['MEASURED', 'NOT_A_SETTING', 'SEARCHES', 'LISTED', 'MAIN', 'POLL', 'T
            'check_key', 'check_axis', 'trial_parameters', 'values_text', 'trial_config', 'run_meaning', 'check_apart',
            'ends', 'whole', 'check_space', 'grid_values', 'short', 'draw', 'random_values', 'import_optuna',
            'distribution', 'optuna_values', 'check_fixed', 'make_plan', 'most', 'propose', 'Trial', 'sweep_path',
-           'read_plan', 'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'labels_of', 'measure',
-           'folder_state', 'labels_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial',
-           'best_command', 'train_command', 'threads_each', 'child_environment', 'Child', 'start_process',
-           'signal_group', 'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words', 'ended', 'SweepStopped',
-           'Sweep', 'again', 'take_stock', 'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect',
-           'wind_down', 'work', 'listening', 'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
+           'read_plan', 'grown', 'check_plan', 'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget',
+           'labels_of', 'measure', 'folder_state', 'labels_trained', 'looked_up', 'table_of', 'sweep_table',
+           'papermill_command', 'best_trial', 'best_command', 'train_command', 'threads_each', 'child_environment',
+           'Child', 'start_process', 'signal_group', 'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words',
+           'ended', 'SweepStopped', 'Sweep', 'again', 'take_stock', 'finish', 'trial_line', 'spent', 'next_trial',
+           'start', 'collect', 'wind_down', 'work', 'listening', 'plan_text', 'run_sweep', 'sweep_figure',
+           'parse_space', 'sweep_arguments']
 
 # %% ../nbs/26_sweep.ipynb #cell-2
 import ast
@@ -210,7 +211,7 @@ def propose(plan, number, before, told=()):
     if plan["search"] in LISTED: return dict(enumerate(grid_values(axes, plan["search"]))).get(number)
     return random_values(axes, seed, number, before) if plan["search"] == "random" else optuna_values(axes, seed, number, told, before)
 
-# %% ../nbs/26_sweep.ipynb #cell-23
+# %% ../nbs/26_sweep.ipynb #c0023x
 @dataclass
 class Trial:
     "One trial as the sweep's records and its run folder tell it."
@@ -233,13 +234,24 @@ def read_plan(path):
     there = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/plan.json"))) or "none"
     raise RunError(f"{path}: no sweep of this name; there are: {there}")
 
-def settle_plan(path, plan):
-    "Write plan.json, or check that the one there is the same; RunError with the table of differences if not."
-    if not (path / "plan.json").exists(): return save_json(path / "plan.json", plan)
-    table = differences(read_plan(path), plan).rename(columns={"a": "saved", "b": "now"})
-    if table.empty: return
+def grown(old, new):
+    "Does a listed plan only go on behind the last trial of an older one? Such as another seed, or more values of the first key."
+    if new["search"] not in LISTED or old | {"space": new["space"]} != new: return False
+    before = grid_values(old["space"], old["search"])
+    return grid_values(new["space"], new["search"])[:len(before)] == before
+
+def check_plan(path, plan):
+    "RunError with the table of differences unless plan.json is the same, or `plan` goes on behind it."
+    old, new = read_plan(path), json.loads(json.dumps(plan))
+    table = differences(old, new).rename(columns={"a": "saved", "b": "now"})
+    if table.empty or grown(old, new): return
     hint = "; `mbnb.sweep.set_budget` gives it another budget" if table.key.str.startswith("budget.").all() else ""
     raise RunError(f"sweep {path.name} was started with another plan; start it with the same one, or choose another name{hint}:\n{table.to_string(index=False)}")
+
+def settle_plan(path, plan):
+    "Write plan.json, once the one that may be there is checked."
+    if (path / "plan.json").exists(): check_plan(path, plan)
+    save_json(path / "plan.json", plan)
 
 # %% ../nbs/26_sweep.ipynb #cell-24
 def read_trials(path):
@@ -603,7 +615,7 @@ def listening(signals):
     finally:
         for number, handler in old.items(): signal.signal(number, handler)
 
-# %% ../nbs/26_sweep.ipynb #cell-44
+# %% ../nbs/26_sweep.ipynb #c0044x
 def plan_text(plan, n_jobs):
     "The plan in one line."
     size = f"{most(plan)} trials" if most(plan) < math.inf else "trials"
@@ -618,7 +630,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
     for key, value, valid in (("crashed=", crashed, ("resume", "mark")), ("failed=", failed, ("keep", "retry"))):
         if value not in valid: raise unknown(key, value, valid)
     plan, path, signals = make_plan(space, fixed or {}, search, seed, trials, targets, minutes, n_jobs), sweep_path(runs_dir, name), []
-    if (path / "plan.json").exists(): settle_plan(path, plan)
+    if (path / "plan.json").exists(): check_plan(path, plan)
     with opened(path) as journal, listening(signals):
         settle_plan(path, plan)
         s = Sweep(path, runs_folder(runs_dir), read_plan(path), journal, n_jobs, say, command, worked=minutes_worked(path), signals=signals)

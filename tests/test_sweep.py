@@ -201,6 +201,16 @@ def test_another_plan_under_the_same_name_is_refused(tmp_path):
     assert len(starts(tmp_path)) == 2
 
 
+def test_a_list_of_trials_may_go_on(tmp_path):
+    one = TOY | {"lr": 1e-2}
+    sweep(tmp_path, space={"seed": [0]}, fixed=one)
+    table, said = sweep(tmp_path, space={"seed": [0, 1, 2]}, fixed=one, n_jobs=2)
+    assert table.state.tolist() == ["done"] * 3 and starts(tmp_path) == [0, 1, 2] and "1 finished before" in said, "the first seed is not run again"
+    for other in ([0], [0, 2, 1], [1, 0, 2, 3]):
+        with pytest.raises(RunError, match="another plan"): sweep(tmp_path, space={"seed": other}, fixed=one)
+    assert read_plan(sweep_path(tmp_path, "s"))["space"]["seed"]["choices"] == [0, 1, 2]
+
+
 def test_a_run_of_that_name_that_is_no_trial_is_left_alone(tmp_path):
     (tmp_path / "s-t000").mkdir(parents=True)
     with pytest.raises(RunError, match="no trial of this sweep"): sweep(tmp_path)
