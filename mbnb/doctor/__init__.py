@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..events import MbnbError
 
-# %% ../../nbs/doctor/00_card.ipynb #cell-5
+# %% ../../nbs/doctor/00_card.ipynb #c0005x
 CHECKS = {
     "D01": ("statistics identity", "Average times count must give the number of rows. Where a table breaks that, its counts come from different stages of preparation, and nothing computed from them holds."),
     "D02": ("sequences too short", "Leave-one-out takes two events of every user. Who has three keeps one to learn from: no transition at all."),
@@ -35,7 +35,7 @@ CHECKS = {
     "C02": ("parameters beside data", "Far more weights than events can store the training set instead of learning from it."),
     "C03": ("embedding share", "Where nearly all weights are item vectors, width and catalogue decide size and speed, the network hardly."),
     "C04": ("time budget", "Five timed steps tell what the plan costs, before hours are gone."),
-    "C05": ("cost of patience", "Patience is paid for at the end of every run: epochs that by definition bring nothing. An improvement by chance should not restart the clock, hence a least difference."),
+    "C05": ("cost of patience", "Patience is paid for at the end of every run: epochs that by definition bring nothing. An improvement by chance should not restart a long one, hence a least difference; a short one takes a slow start for the end where small rises do not count."),
     "C06": ("meaning of patience", "Libraries differ on whether patience p stops after p flat epochs or after p + 1; numbers are comparable only where it is said."),
     "C07": ("protocol", "A metric without its candidates means nothing; with as many places as candidates it is 1 whatever the model does."),
     "C07b": ("stable candidates", "If the same weights get other ranks when asked again, candidates or the model are drawn anew, and differences between epochs are noise."),
@@ -132,11 +132,11 @@ def grade(value, **bounds):
     "The gravest severity whose bound `value` exceeds, else \"ok\": grade(.3, W=.1, E=.25) -> \"E\"."
     return next((s for s in "EWI" if s in bounds and value > bounds[s]), "ok")
 
-# %% ../../nbs/doctor/00_card.ipynb #cell-14
+# %% ../../nbs/doctor/00_card.ipynb #c0014x
 THRESHOLDS = {
     "D01.average": .01, "D01.sparsity": 1e-4, "D02.events": 3, "D02.training": 2, "D03.padding": .75, "D03.truncated": .2, "D04.info": 1., "D04.warn": .95, "D04.error": .5,
     "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D14.unsure": .2, "D17.same": .01,
-    "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900., "C05.least": 60.,
+    "C01.warn": .1, "C01.error": .25, "C01.false": 1., "C02.per_user": 10_000, "C02.per_row": 10., "C03.embedding": .9, "C04.seconds": 7200., "C05.share": .2, "C05.seconds": 900., "C05.least": 60., "C05.short": 3,
     "C09.relative": .15, "C10.z": 5., "C11.share": .1, "C11.steps": 300, "C12.change": 1e-5, "C13.change": 1e-6, "C13.steps": 50, "C14.change": 1e-4, "C15.relative": 1e-3, "C17.groups": 1, "C20.times": 5.,
     "T01.retries": 3, "T02.mad": 6., "T02.window": 100, "T02.least": 50, "T02.tail": 2.5, "T03.warn": 3., "T03.error": 10., "T03.seconds": 1., "T03.single": 5., "T03.first": 50, "T04.se": 2., "T05.loss": .005, "T05.epochs": 5, "T05.risen": 2., "T06.epochs": 3, "T06.se": 2., "T07.budget": .2,
     "T08.norm": 1., "T08.cosine": -.2, "T08.least": .05, "T09.ratio": 1e-6, "T09.steps": 200, "T10.low": 1e-4, "T10.high": 1e-1, "T11.share": 3., "T11.dead": .01, "T12.cosine": .9, "T12.rank": .1, "T13.share": .01, "T13.lists": 20, "T15.wait": .3,

@@ -48,7 +48,7 @@ def embedding_share(total, embedding, limits=THRESHOLDS):
     if embedding / total <= limits["C03.embedding"]: return fine("C03", said, embedding / total, limits["C03.embedding"])
     return finding("C03", "I", said, "Judge the size of the model by its network; width and catalogue decide memory and speed.", embedding / total, limits["C03.embedding"])
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-9
+# %% ../../nbs/doctor/02_config.ipynb #c0009x
 def words_of(seconds):
     "3.2 days, 46 min, 12 s."
     return next(f"{seconds / n:.1f} {unit}" for n, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")) if seconds >= n or n == 1)
@@ -64,13 +64,16 @@ def time_budget(step_seconds, steps, memory=None, free=None, limits=THRESHOLDS):
     return finding("C04", "W", said, "Lower epochs or the size of the model, or train where it is faster; patience may end it earlier.", step * steps, limits["C04.seconds"])
 
 def patience_cost(patience, epochs, epoch_seconds=None, min_delta=None, limits=THRESHOLDS):
-    "C05: epochs that patience spends at the end of `epochs`; `min_delta` 0 lets noise restart the clock."
+    "C05: epochs that patience spends at the end of `epochs`; a `min_delta` of 0 lets noise restart a long one, half a standard error (below 0) takes a slow start for the end of a short one."
     if not patience or patience >= epochs: return skipped("C05", f"patience {patience} never ends a stage of {epochs} epochs")
     share, cost = patience / max(1, epochs), None if epoch_seconds is None else patience * epoch_seconds
     said = f"patience {patience} = " + (f"{words_of(cost)}, " if cost else "") + f"{100 * share:.0f} % of {epochs} epochs"
     if cost and cost > limits["C05.seconds"] or (share > limits["C05.share"] and (cost is None or cost > limits["C05.least"])):
         return finding("C05", "W", said, "Lower the patience, or evaluate less often.", share, limits["C05.share"], patch={"patience": max(2, int(patience / 2))})
-    if min_delta == 0: return finding("C05", "W", f"{said}, and min_delta 0 lets any chance gain restart it", "Use half a standard error of the monitor (fit.min_delta=-1).", 0., patch={"set": "fit.min_delta=-1.0"})
+    short = patience <= limits["C05.short"]
+    if short and min_delta is not None and min_delta < 0:
+        return finding("C05", "I", f"{said}; only rises above half a standard error count, and early epochs may rise by less", "With so short a patience let any rise count (fit.min_delta=0), or take a longer one.", patience, limits["C05.short"], patch={"set": "fit.min_delta=0.0"})
+    if min_delta == 0 and not short: return finding("C05", "W", f"{said}, and min_delta 0 lets any chance gain restart it", "Use half a standard error of the monitor (fit.min_delta=-1).", 0., patch={"set": "fit.min_delta=-1.0"})
     return fine("C05", said, share, limits["C05.share"])
 
 def patience_meaning(patience, strict=False):
