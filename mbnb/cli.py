@@ -7,12 +7,13 @@ __all__ = ['OURS', 'copy_notebooks', 'parameters_of', 'read_value', 'read_parame
            'run_page', 'train', 'do_train', 'do_runs', 'show_cards', 'do_doctor', 'do_lint', 'do_report', 'do_pack',
            'do_unpack', 'do_data', 'do_notebooks', 'make_parser', 'main']
 
-# %% ../nbs/27_cli.ipynb #cell-3
+# %% ../nbs/27_cli.ipynb #c0003x
 import argparse
 import ast
 import difflib
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -217,11 +218,17 @@ def make_parser():
     command(do_notebooks, "copies the entry notebooks").add_argument("folder", help="where to; nothing there is written over")
     return parser
 
-# %% ../nbs/27_cli.ipynb #cell-31
+# %% ../nbs/27_cli.ipynb #c0031x
 def main(argv=None):
     "Entry point of the console script; -> exit code."
     args = make_parser().parse_args(argv)
-    try: return args.call(args) or 0
+    try:
+        code = args.call(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:                             # `mbnb runs | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except MbnbError as e:
         if str(e): print(f"mbnb: {e}", file=sys.stderr)
         return 1

@@ -110,11 +110,11 @@ def python_lines(parameters):
     "The same in Python."
     return "from mbnb.experiment import configure, run_experiment\nrun_experiment(configure(" + ", ".join(f"{k}={v!r}" for k, v in parameters.items()) + "))"
 
-# %% ../nbs/24_panel.ipynb #cell-13
+# %% ../nbs/24_panel.ipynb #c0013x
 def start_preflight(parameters):
     "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the file its cards will stand in)."
     out = Path(tempfile.mkdtemp(prefix="mbnb-preflight-")) / "cards.json"
-    command = [sys.executable, "-c", "from mbnb.cli import main; raise SystemExit(main())", "doctor", "--json"]
+    command = [sys.executable, "-m", "mbnb", "doctor", "--json"]
     for k, v in parameters.items(): command += ["-p", k, str(v)]
     with open(out, "wb") as file, open(out.with_suffix(".log"), "wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=log, start_new_session=True), out

@@ -29,6 +29,16 @@ def test_version(mbnb):
 def test_unknown_command_is_exit_2(mbnb): assert mbnb("trian")[0] == 2
 
 
+def test_the_package_itself_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "mbnb", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == subprocess.run([MBNB, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly():
+    done = subprocess.run(["bash", "-c", f'"{MBNB}" data toyshop-tiny | true; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_no_runs(mbnb): assert mbnb("runs") == (0, "no runs in runs\n", "")
 
 
