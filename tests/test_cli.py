@@ -35,7 +35,8 @@ def test_the_package_itself_is_the_command():
 
 
 def test_a_reader_that_has_read_enough_ends_it_quietly():
-    done = subprocess.run(["bash", "-c", f'"{MBNB}" data toyshop-tiny | true; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True, timeout=120)
+    line = f'"{MBNB}" data toyshop-tiny | true; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
