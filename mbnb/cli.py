@@ -7,7 +7,7 @@ __all__ = ['OURS', 'copy_notebooks', 'parameters_of', 'read_value', 'read_parame
            'run_page', 'train', 'do_train', 'do_runs', 'show_cards', 'do_doctor', 'do_lint', 'do_report', 'do_pack',
            'do_unpack', 'do_data', 'do_notebooks', 'make_parser', 'main']
 
-# %% ../nbs/27_cli.ipynb #c0003x
+# %% ../nbs/27_cli.ipynb #cell-3
 import argparse
 import ast
 import difflib
@@ -218,7 +218,7 @@ def make_parser():
     command(do_notebooks, "copies the entry notebooks").add_argument("folder", help="where to; nothing there is written over")
     return parser
 
-# %% ../nbs/27_cli.ipynb #c0031x
+# %% ../nbs/27_cli.ipynb #cell-31
 def main(argv=None):
     "Entry point of the console script; -> exit code."
     args = make_parser().parse_args(argv)

@@ -110,7 +110,7 @@ def python_lines(parameters):
     "The same in Python."
     return "from mbnb.experiment import configure, run_experiment\nrun_experiment(configure(" + ", ".join(f"{k}={v!r}" for k, v in parameters.items()) + "))"
 
-# %% ../nbs/24_panel.ipynb #c0013x
+# %% ../nbs/24_panel.ipynb #cell-13
 def start_preflight(parameters):
     "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the file its cards will stand in)."
     out = Path(tempfile.mkdtemp(prefix="mbnb-preflight-")) / "cards.json"

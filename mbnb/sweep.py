@@ -210,7 +210,7 @@ def propose(plan, number, before, told=()):
     if plan["search"] in LISTED: return dict(enumerate(grid_values(axes, plan["search"]))).get(number)
     return random_values(axes, seed, number, before) if plan["search"] == "random" else optuna_values(axes, seed, number, told, before)
 
-# %% ../nbs/26_sweep.ipynb #c0023x
+# %% ../nbs/26_sweep.ipynb #cell-23
 @dataclass
 class Trial:
     "One trial as the sweep's records and its run folder tell it."
@@ -388,7 +388,7 @@ def best_command(name, runs_dir="runs"):
     "The papermill command of the best trial."
     return papermill_command(trial_parameters(read_plan(sweep_path(runs_dir, name))["fixed"], best_trial(name, runs_dir).values))
 
-# %% ../nbs/26_sweep.ipynb #c0035x
+# %% ../nbs/26_sweep.ipynb #cell-35
 def train_command(parameters):
     "`mbnb train -p ...` as an argument list: papermill runs nbs/train.ipynb into the run folder."
     return [sys.executable, "-m", "mbnb", "train", *itertools.chain.from_iterable(("-p", k, v if isinstance(v, str) else repr(v)) for k, v in parameters.items())]
@@ -612,7 +612,7 @@ def listening(signals):
     finally:
         for number, handler in old.items(): signal.signal(number, handler)
 
-# %% ../nbs/26_sweep.ipynb #c0044x
+# %% ../nbs/26_sweep.ipynb #cell-44
 def plan_text(plan, n_jobs):
     "The plan in one line."
     size = f"{most(plan)} trials" if most(plan) < math.inf else "trials"

@@ -56,6 +56,13 @@ def must_equal(have, want, advice):
 
 # ---- package and pages ----
 
+def test_the_doctor_finds_every_page_of_the_package_exported():
+    from mbnb.doctor.config import exported, unexported
+    card = exported(PACKAGE.rglob("*.py"))
+    assert card.severity == "ok", card.message
+    assert sum(unexported(p) is not None for p in PACKAGE.rglob("*.py")) > 75
+
+
 def test_export_in_sync(tmp_path):
     "Exporting all pages into an empty package gives exactly mbnb/: no module by hand, none left over."
     shutil.copytree(NBS, tmp_path / "nbs", ignore=SKIP)

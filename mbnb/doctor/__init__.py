@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..events import MbnbError
 
-# %% ../../nbs/doctor/00_card.ipynb #c0005x
+# %% ../../nbs/doctor/00_card.ipynb #cell-5
 CHECKS = {
     "D01": ("statistics identity", "Average times count must give the number of rows. Where a table breaks that, its counts come from different stages of preparation, and nothing computed from them holds."),
     "D02": ("sequences too short", "Leave-one-out takes two events of every user. Who has three keeps one to learn from: no transition at all."),
@@ -52,6 +52,7 @@ CHECKS = {
     "C18": ("phase conflict", "A weight given twice, once for the run and once for a phase, leaves open which one trained the model."),
     "C19": ("unused key", "A setting that is never read is a setting that was believed to act."),
     "C20": ("loss reduction", "A loss far above ln V is a sum over batches or positions: it cannot be compared with other batch sizes, and its gradient grows with them."),
+    "C21": ("page and module", "A run uses the package, not the pages: what was changed in a page and not exported has no part in it, though the page shows it."),
     "T01": ("not a number", "One NaN in a gradient poisons every weight in one step; all later numbers mean nothing."),
     "T02": ("loss spike", "A step far above its neighbors points at a broken batch or too large a learning rate."),
     "T03": ("step time", "A step that suddenly takes many times longer is a machine asleep, swapping or waiting for data, seldom the model; projections from the mean are then worthless."),
@@ -132,7 +133,7 @@ def grade(value, **bounds):
     "The gravest severity whose bound `value` exceeds, else \"ok\": grade(.3, W=.1, E=.25) -> \"E\"."
     return next((s for s in "EWI" if s in bounds and value > bounds[s]), "ok")
 
-# %% ../../nbs/doctor/00_card.ipynb #c0014x
+# %% ../../nbs/doctor/00_card.ipynb #cell-14
 THRESHOLDS = {
     "D01.average": .01, "D01.sparsity": 1e-4, "D02.events": 3, "D02.training": 2, "D03.padding": .75, "D03.truncated": .2, "D04.info": 1., "D04.warn": .95, "D04.error": .5,
     "D05.warn": .05, "D05.error": .5, "D07.warn": .05, "D08.tied": .05, "D09.least": .01, "D11.both": .01, "D12.repeat": .3, "D13.cold": .1, "D14.drop": .05, "D14.unsure": .2, "D17.same": .01,

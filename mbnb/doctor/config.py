@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['RULES', 'negatives', 'parameters', 'embedding_share', 'words_of', 'time_budget', 'patience_cost', 'patience_meaning',
-           'cutoffs', 'stable', 'monitor', 'phase_conflict', 'reduction', 'noting', 'settings_read', 'unread',
-           'initial_loss', 'excess', 'untrained', 'measured', 'overfit', 'timed_steps', 'free_memory',
-           'embedding_weights', 'check_plan', 'check_model']
+           'cutoffs', 'stable', 'monitor', 'phase_conflict', 'reduction', 'unexported', 'exported', 'noting',
+           'settings_read', 'unread', 'initial_loss', 'excess', 'untrained', 'measured', 'overfit', 'timed_steps',
+           'free_memory', 'embedding_weights', 'check_plan', 'check_model']
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-3
 import copy
+import itertools
+import json
 import math
+import re
+import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +53,7 @@ def embedding_share(total, embedding, limits=THRESHOLDS):
     if embedding / total <= limits["C03.embedding"]: return fine("C03", said, embedding / total, limits["C03.embedding"])
     return finding("C03", "I", said, "Judge the size of the model by its network; width and catalogue decide memory and speed.", embedding / total, limits["C03.embedding"])
 
-# %% ../../nbs/doctor/02_config.ipynb #c0009x
+# %% ../../nbs/doctor/02_config.ipynb #cell-9
 def words_of(seconds):
     "3.2 days, 46 min, 12 s."
     return next(f"{seconds / n:.1f} {unit}" for n, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")) if seconds >= n or n == 1)
@@ -117,6 +122,30 @@ def reduction(first, n_items, weight=1., limits=THRESHOLDS):
     return finding("C20", "I", f"first loss {first:,.2f} = {times:,.0f} x ln {n_items:,} ({math.log(n_items):.2f}): a sum over batches or positions", "Report means, so that batch size and length do not change the number.", times, limits["C20.times"])
 
 # %% ../../nbs/doctor/02_config.ipynb #cell-15
+def _lines(code): return [x.rstrip() for x in code.splitlines() if x.strip() and not x.lstrip().startswith(("from ", "import ", "#|", "# %%"))]
+
+def unexported(file):
+    "-> (page, its first line that the module `file` does not have in that place, '' where both say the same), or None where no page stands beside the module."
+    text = Path(file).read_text(encoding="utf-8")
+    named = re.search(r"File to edit: (\S+\.ipynb)", text[:2000])
+    page = Path(file).parent / named[1] if named else None
+    if not page or not page.exists(): return None
+    cells = ["".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    own = _lines("\n".join(c for c in cells if re.search(r"^#\|\s*export", c, re.M)))
+    pairs = itertools.zip_longest(own, _lines(text[text.find("#cell-"):].partition("\n")[2]), fillvalue="")
+    return page.resolve(), next((a or f"(no longer there) {b}" for a, b in pairs if a != b), "")
+
+def exported(files=None):
+    "C21: do the modules say what their pages say? `files`: of the modules; None: all of mbnb that are loaded."
+    files = files or [m.__file__ for name, m in sorted(sys.modules.items()) if name.split(".")[0] == "mbnb" and getattr(m, "__file__", None)]
+    found = {file: pair for file in files if (pair := unexported(file))}
+    apart = {file: pair for file, pair in found.items() if pair[1]}
+    if not found: return skipped("C21", "the package stands without its pages")
+    if not apart: return fine("C21", f"{len(found)} modules in use say what their pages say", 0)
+    file, (page, line) = next(iter(apart.items()))
+    return finding("C21", "W", f"{page.name} was changed and not exported, {line.strip()[:80]!r} is not in {Path(file).name}: this run is that of the module" + (f"; {len(apart)} such pages" if len(apart) > 1 else ""), "Run `make export` (or nbdev-export), then start the run again.", len(apart), 0)
+
+# %% ../../nbs/doctor/02_config.ipynb #cell-18
 def noting(config):
     "-> (a config equal to the dataclass `config`, the set of its fields that were read so far)."
     read, names = set(), {f.name for f in fields(config)}
@@ -144,7 +173,7 @@ def unread(given, read):
     if not left: return fine("C19", f"{len(given)} changed settings, all are read", 0)
     return finding("C19", "W", f"{', '.join(f'`{k}`' for k in left)}: {len(left)} of {len(given)} changed settings never read", "Remove it, or set what makes the model use it (a head, a form, a loss).", ", ".join(left))
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-18
+# %% ../../nbs/doctor/02_config.ipynb #cell-21
 def initial_loss(value, expected, graph=False, limits=THRESHOLDS):
     "C09: the loss at step 0 beside what its formula dictates; `graph`: the model has a graph of the training pairs, and may know them from the start."
     off = value / expected - 1
@@ -169,7 +198,7 @@ def untrained(hits, chance, repeat=None, name="HR@10", limits=THRESHOLDS):
         return finding("C10", "I", f"{said}; {own}: the untrained network copies from the history", "Compare with the copy rules and by slices; one random seed of such a network proves little.", z, limits["C10.z"])
     return finding("C10", "W", said + (f"; {novel.mean():.4f} on {len(novel):,} novel targets" if novel is not None else ""), "Look for the target, or something that tells it, among the inputs.", z, limits["C10.z"])
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-21
+# %% ../../nbs/doctor/02_config.ipynb #cell-24
 RULES = {"C12": (("future_does_not_leak", "causal_positions"), "Mask what comes later, and keep target and query apart: the score may read the history alone."),
          "C13": (("every_input_matters",), "Look for the place where the input is dropped, masked or multiplied by zero."),
          "C14": (("padding_invariance", "all_pad_row_is_finite"), "Mask pads in attention, convolutions and sums; give a case without history a defined score.")}
@@ -186,7 +215,7 @@ def measured(id, model, batch):
 
 def _short(value): return ", ".join(f"{k} {v:.2g}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.2g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-26
+# %% ../../nbs/doctor/02_config.ipynb #cell-29
 def _by_heart(model, batch, loss, weights, limits, lr, seconds):
     "One try, on `model` itself -> (Card, names of parameters without a gradient in all steps)."
     rng, weights, optimizer = torch.Generator().manual_seed(0), weights or {}, torch.optim.Adam(model.parameters(), lr)
@@ -221,7 +250,7 @@ def overfit(model, batch, loss, weights=None, limits=THRESHOLDS, rates=(1e-2, 3e
         if tries[-1][0].severity == "ok": break
     return min((card for card, _ in tries), key=lambda card: {"ok": 0, "E": 2}.get(card.severity, 1)), set.intersection(*(asleep for _, asleep in tries))
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-30
+# %% ../../nbs/doctor/02_config.ipynb #cell-33
 def timed_steps(model, loss, sequences, stage, config, n=5, max_len=None, seconds=10.):
     "Seconds (at most `n`,) of real training steps on a copy of `model`, with a learning rate of 0; the first, which warms up, is left out. Stops after `seconds`."
     model, fabric, stage = copy.deepcopy(model).train(), start_fabric(config), replace(stage, lr=0.)
@@ -243,7 +272,7 @@ def free_memory():
         with open("/proc/meminfo") as f: return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration): return None
 
-# %% ../../nbs/doctor/02_config.ipynb #cell-32
+# %% ../../nbs/doctor/02_config.ipynb #cell-35
 def embedding_weights(model):
     "-> (weights of the item table, weights of all embeddings)."
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
@@ -251,14 +280,14 @@ def embedding_weights(model):
     return sum(rows), sum(m.weight.numel() for m in tables)
 
 def check_plan(model, sequences, loss, stages, config, plans, select_on, given=None, limits=THRESHOLDS, ks=(1, 5, 10, 20, 50)):
-    "C01-C03, C06-C08, C15, C16, C18: what needs no step. `plans`: of the run's protocols, the first one leads."
+    "C01-C03, C06-C08, C15, C16, C18, C21: what needs no step. `plans`: of the run's protocols, the first one leads."
     total, (items, vectors) = sum(p.numel() for p in model.parameters()), embedding_weights(model)
     rows = int(sequences.train.length.sum()) + len(sequences.train)
     own, stage, least = float(np.diff(sequences.offsets).mean()), stages[-1], int(plans[0].m.min()) if len(plans[0].m) else 0
     same = len(sequences.valid) == len(sequences.test) and np.array_equal(sequences.valid.target, sequences.test.target) and np.array_equal(sequences.valid.stop, sequences.test.stop)
     kept = [k for k in ks if k < least]         # the tables leave out the others
     alone = [skipped(id, "one process, no gradient to exchange" if config.devices == 1 else "asked by the processes themselves, before the first step of a run") for id in ("C15", "C16")]
-    return [*alone, negatives(getattr(loss, "n_neg", 0), sequences.n_items, own, getattr(loss, "exclude", False), limits), parameters(total, len(sequences.users), rows, vectors, limits), embedding_share(total, items, limits),
+    return [*alone, exported(), negatives(getattr(loss, "n_neg", 0), sequences.n_items, own, getattr(loss, "exclude", False), limits), parameters(total, len(sequences.users), rows, vectors, limits), embedding_share(total, items, limits),
             patience_meaning(stage.patience), cutoffs(kept, least, plans[0].protocol, limits) if kept else skipped("C07", "no cutoff below the number of candidates"),
             monitor(select_on, select_on == "test", same), phase_conflict({k: v for k, v in (given or {}).items() if k in ("lr", "patience", "epochs")}, {s.name: {"lr": s.lr, "patience": s.patience, "epochs": s.epochs} for s in stages} if len(stages) > 1 else {})]
 
