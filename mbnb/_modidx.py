@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mbnb.doctor.run.impossible': ('doctor/run.html#impossible', 'mbnb/doctor/run.py'),
                                  'mbnb.doctor.run.lattice': ('doctor/run.html#lattice', 'mbnb/doctor/run.py'),
                                  'mbnb.doctor.run.mean_rank': ('doctor/run.html#mean_rank', 'mbnb/doctor/run.py'),
+                                 'mbnb.doctor.run.of_use': ('doctor/run.html#of_use', 'mbnb/doctor/run.py'),
                                  'mbnb.doctor.run.plateau': ('doctor/run.html#plateau', 'mbnb/doctor/run.py'),
                                  'mbnb.doctor.run.read_folder': ('doctor/run.html#read_folder', 'mbnb/doctor/run.py'),
                                  'mbnb.doctor.run.recomputed': ('doctor/run.html#recomputed', 'mbnb/doctor/run.py'),

@@ -621,7 +621,7 @@ def first_name(parameters):
 
 def best_words(result):
     "Which weights were kept: 'best epoch 3 of 10', and of which stage where there are several."
-    if not result.get("stage"): return f"best epoch {result['best_epoch']} of {result['epochs']}"
+    if not result.get("stage"): return f"best epoch {result['best_epoch']} of {result['epochs']}" if result["best_epoch"] >= 0 else f"the weights it began with, above all {result['epochs']} epochs"
     when = "its start" if result["best_epoch"] < 0 else f"epoch {result['best_epoch']}"
     return f"best of stage {result['stage']}: {when}; {result['epochs']} epochs in all stages"
 

@@ -8,7 +8,7 @@ import pytest
 from mbnb.doctor import across
 from mbnb.doctor import run as R
 from mbnb.doctor.run import check_run
-from mbnb.runs import RANK_ARRAYS, RunFolder, load_run
+from mbnb.runs import RANK_ARRAYS, RunFolder, best_words, load_run
 
 
 GIVEN = dict(model="sasrec", dataset="toyshop-tiny", protocol="full, uni20", epochs=2)
@@ -140,6 +140,15 @@ def test_c08_chosen_on_the_test_by_name(runs, copy_of):
     assert not any(id == "R03" for id, _ in fired(runs["test"]))                # its own validation cases are others
     def edit(c): c["select_on"] = "valid"
     assert ("C08", "E") in fired(copy_of("test", config=edit))                  # asked for one, did the other
+
+
+def test_r12_training_that_spoils_what_it_began_with(runs):
+    good = train(runs["a"].parent, "good", lr=.01, epochs=8)
+    fork = train(good.parent, "spoilt", fork=str(good), lr=1., set=SET + " fit.patience=0", doctor="off")
+    assert load_run(fork).result["best_epoch"] == -1
+    found = card(fork, "R12", "W")
+    assert found.value < found.threshold and "the best of 2 epochs" in found.message and card(good, "R12", "ok")
+    assert "the weights it began with, above all 2 epochs" in best_words(load_run(fork).result)
 
 
 def test_d12_copying_wins(copy_of):

@@ -81,6 +81,7 @@ CHECKS = {
     "R09": ("random seeds", "One run with one seed cannot tell a model from its luck."),
     "R10": ("attribution", "What share an element has in a result is shown by a run without it."),
     "R11": ("contradiction", "A number that stands in two places with two values is wrong in one of them."),
+    "R12": ("training was of use", "Where no epoch is above the weights that a run began with, these are kept, and the result says nothing of what was learned."),
 }
 
 # %% ../../nbs/doctor/00_card.ipynb #cell-7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'SEVERAL', 'by_protocol', 'cuts', 'identities', 'recomputed', 'shared_hits', 'lattice', 'impossible',
            'same_cases', 'test_is_valid', 'mean_rank', 'plateau', 'winners_curse', 'against_copying', 'chosen_on',
-           'Folder', 'read_folder', 'check_run']
+           'of_use', 'Folder', 'read_folder', 'check_run']
 
 # %% ../../nbs/doctor/04_run.ipynb #cell-3
 import re
@@ -186,6 +186,15 @@ def chosen_on(split, asked, best_epoch, epochs, n_cases, limits=THRESHOLDS):
                    {"select_on": "valid"})
 
 # %% ../../nbs/doctor/04_run.ipynb #cell-36
+def of_use(chosen, epochs):
+    "R12: did training make the weights that were kept? chosen: their epoch record; epochs: those of the trained epochs."
+    if not chosen or not epochs: return skipped("R12", "no trained epoch was evaluated")
+    best = max(e["value"] for e in epochs)
+    if chosen["epoch"] >= 0: return fine("R12", f"epoch {chosen['epoch']} was kept, a trained one", chosen["epoch"])
+    return finding("R12", "W", f"no epoch is above the weights that the run began with: {chosen['value']:.4f} on validation, {best:.4f} the best of {len(epochs)} epochs; the result is not one of training",
+                   "Say so beside it, and see which rule it resembles (D12); a lower learning rate or another loss may keep what the weights began with.", best, chosen["value"], "metrics.jsonl")
+
+# %% ../../nbs/doctor/04_run.ipynb #cell-39
 @dataclass
 class Folder:
     "What the checks want of a finished run."
@@ -224,7 +233,7 @@ def read_folder(run):
     except RunError: pass
     return f
 
-# %% ../../nbs/doctor/04_run.ipynb #cell-38
+# %% ../../nbs/doctor/04_run.ipynb #cell-41
 def _valid_table(f):
     "Table of the validation cases for the chosen epoch, or None; plain names."
     if (f.result.get("selected") or {}).get("split", f.config.get("select_on", "valid")) == "valid" and f.chosen: found = f.chosen.get("metrics") or {}
@@ -245,7 +254,7 @@ def check_run(run, limits=THRESHOLDS):
     "All checks of a finished run folder (a Run or its path) -> list of Card. An unfinished run gives only skipped ones."
     run = load_run(run) if isinstance(run, str | Path) else run
     beside = [skipped(i, "reads texts: mbnb.lint") for i in TEXTS] + [skipped(i, "needs several runs: mbnb.doctor.across") for i in SEVERAL]
-    if run.result is None: return [skipped(i, f"the run is {run.status['state']} and has no result.json") for i in ("R01", "R02", "R03", "R04", "R05", "D12", "C08")] + beside
+    if run.result is None: return [skipped(i, f"the run is {run.status['state']} and has no result.json") for i in ("R01", "R02", "R03", "R04", "R05", "D12", "C08", "R12")] + beside
     f = read_folder(run)
     r, tables = f.result, by_protocol(f.result["test"])
     first = next(iter(tables), "")
@@ -255,4 +264,4 @@ def check_run(run, limits=THRESHOLDS):
             *damaged, *([same_cases(f.arrays, r["n_cases"], planned, limits)] if f.arrays or not damaged else []),
             test_is_valid(tables.get(first, {}), _valid_table(f), _same_questions(f), limits), mean_rank(tables.get(first, {}), f.ranks.get(first), limits),
             winners_curse([e["value"] for e in f.epochs if isinstance(e.get("value"), int | float)], limits), against_copying(r, f.ranks, limits),
-            chosen_on((r.get("selected") or {}).get("split") or f.config.get("select_on"), f.config.get("select_on"), r["best_epoch"], r["epochs"], r["n_cases"], limits), *beside]
+            chosen_on((r.get("selected") or {}).get("split") or f.config.get("select_on"), f.config.get("select_on"), r["best_epoch"], r["epochs"], r["n_cases"], limits), of_use(f.chosen, f.epochs), *beside]
