@@ -335,8 +335,8 @@ def _run_rows(frame, rules, metric):
     "-> (rows, settings that have a column)."
     names, doctor = telling(frame)[0], (frame["doctor"] != "").any()
     def row(r):
-        notes = standing(r["value"], rules, metric), r["state"] if r["state"] not in ("done", None) else "", "epoch chosen on the TEST cases" * (r.get("select_on") == "test")
-        interval, epoch = "" if missing(r["low"]) or missing(r["high"]) else f"{r['low']:.4f} to {r['high']:.4f}", "" if missing(r["best_epoch"]) or missing(r["epochs"]) else f"{r['best_epoch']:.0f} of {r['epochs']:.0f}"
+        notes = standing(r["value"], rules, metric), r["state"] if r["state"] not in ("done", None) else "", "epoch chosen on the TEST cases" * (r.get("select_on") == "test"), "no epoch above its start" * (not missing(r["best_epoch"]) and r["best_epoch"] < 0)
+        interval, epoch = "" if missing(r["low"]) or missing(r["high"]) else f"{r['low']:.4f} to {r['high']:.4f}", "" if missing(r["best_epoch"]) or missing(r["epochs"]) else f"{r['best_epoch']:.0f} of {r['epochs']:.0f}" if r["best_epoch"] >= 0 else f"none of {r['epochs']:.0f}"
         return {"run": r["run"], "model": r.get("model"), "seed": r["seed"], metric: r["value"], "95 %": interval, "notes": "; ".join(filter(None, notes)), "minutes": r["minutes"], "params": r["params"],
                 "best epoch": epoch, **({"doctor": r["doctor"]} if doctor else {}), **{k: r[k] for k in names}}
     return [row(r) for r in frame.to_dict("records")], names
@@ -443,6 +443,7 @@ def cautions(j, entries):
     if n == 0 and not j.alone: out.append("No setting changed: this is the spread between seeds, or between repeats.")
     for e in (j.a, j.b):
         if e.result.get("select_on") == "test": out.append(f"{e.label} chose its epoch on the test cases; its number is too high.")
+        if (finite(e.result.get("best_epoch")) or 0) < 0: out.append(f"{e.label} has no epoch above its start; its number is not one of training.")
         if "E" in e.badge: out.append(f"{e.label} is marked invalid by the doctor ({e.badge}).")
     return out
 

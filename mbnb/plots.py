@@ -131,7 +131,7 @@ def result_text(result):
 def runs_table(runs, metrics=("HR@10", "NDCG@10"), rules=()):
     "Finished Runs {label: Run} and the named rules of the first of them: label, seed, metrics with the 95 % interval of the last one, chosen epoch, minutes, run id."
     cell = lambda row: {m: round(row[m], 4) if row.get(m) is not None else "" for m in metrics}
-    rows = [{"": label, "seed": run.config["seed"]} | cell(r["test"]) | {"95 %": "{:.3f} to {:.3f}".format(*r["ci"][metrics[-1]]), "epoch": (f"{r['stage']} {r['best_epoch']}" if r["best_epoch"] >= 0 else f"start of {r['stage']}") if "stage" in r else f"{r['best_epoch']} of {r['epochs']}",
+    rows = [{"": label, "seed": run.config["seed"]} | cell(r["test"]) | {"95 %": "{:.3f} to {:.3f}".format(*r["ci"][metrics[-1]]), "epoch": (f"{r['stage']} {r['best_epoch']}" if r["best_epoch"] >= 0 else f"start of {r['stage']}") if "stage" in r else f"{r['best_epoch'] if r['best_epoch'] >= 0 else 'none'} of {r['epochs']}",
              "minutes": round(r["seconds"]["train"] / 60, 1), "run": run.id} for label, run in runs.items() for r in [run.result]]
     first = next(iter(runs.values())).result["baselines"]
     rows += [{"": rule, "seed": "-"} | cell(first[rule]) for rule in rules]

@@ -181,6 +181,15 @@ def test_curves_chosen_on_test_and_on_valid_share_no_chart(tmp_path):
     assert "chose its epoch on the test cases" in panel.verdict()[0].text
 
 
+def test_a_run_that_training_only_spoilt_is_told(tmp_path):
+    made(tmp_path, "honest")
+    path = made(tmp_path, "other", seed=1)
+    (path / "result.json").write_text(json.dumps(json.loads((path / "result.json").read_text()) | {"best_epoch": -1}))
+    panel = ComparePanel(tmp_path)
+    assert [n for n in panel.table()["notes"] if "no epoch above its start" in n] and "none of 4" in set(panel.table()["best epoch"])
+    assert "is not one of training" in panel.verdict()[0].text
+
+
 # ---- the table ----
 
 
