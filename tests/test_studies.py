@@ -22,7 +22,7 @@ SMALL = {
         "budget": "0.02",
         "stored": "table.csv",
     },
-    "advice": {"seeds": "0,1", "bases": "sasrec", "epochs": "1,1", "changes": "twice the dropout, the hardest of 10 negatives"},
+    "advice": {"seeds": "0,1", "bases": "sasrec,sasrec_bpr", "epochs": "1,1", "changes": "more dropout, the hardest of 10 negatives"},
     "bpr_beauty": {"seeds": "0", "epochs": "1,1,1", "whole": "1", "parts": "1,1,1", "changes": "temperature .2, bpr, no text"},
 }
 
