@@ -10,7 +10,8 @@ __all__ = ['NAMES', 'QUIET', 'ALLOWED', 'TOKEN', 'ORACLES', 'LEAST_CASES', 'MOST
            'standing', 'run_table', 'read_literature', 'literature_block', 'read_metric', 'ranks_of', 'case_values',
            'Judgement', 'judge', 'judge_all', 'seeds_of', 'cautions', 'seed_lines', 'tests_table', 'verdict_block',
            'pairs_table', 'slices_of', 'slice_frame', 'load_data', 'path_masks', 'data_masks', 'both_ranks',
-           'largest_changes', 'rank_table', 'user_card', 'same_cases', 'judged_as', 'trained', 'reevaluate', 'ensemble']
+           'largest_changes', 'rank_table', 'user_card', 'same_cases', 'judged_as', 'trained', 'last_stage',
+           'reevaluate', 'ensemble']
 
 # %% ../nbs/25_compare.ipynb #cell-3
 import copy
@@ -492,7 +493,8 @@ def slices_of(entry, sheet, masks=None):
     except RunError:
         if masks is None: return {}
         raise
-    return by_slice(r, {"repeat": r.repeat, "novel": ~r.repeat} if masks is None else {k: m[r.case] for k, m in masks.items()}, suffix=sheet.protocol if sheet.suffix else "")
+    masks = {"repeat": r.repeat, "novel": ~r.repeat} if masks is None else {k: m[r.case] for k, m in masks.items()}
+    return by_slice(r, masks, suffix=sheet.protocol if sheet.suffix else "", whole=any(name.startswith("mean rank") for name in entry.result["test"]))
 
 def slice_frame(sheet, metric="NDCG@10", masks=None):
     "Data frame, a row a slice: `n`, and the metric of each run under its id; missing where there are fewer than 30 cases."
@@ -504,9 +506,9 @@ def slice_frame(sheet, metric="NDCG@10", masks=None):
 
 def load_data(entry):
     "The Sequences of a run. CompareError where what is on the disk now is not what the run was judged on."
-    from mbnb import datasets
+    from mbnb.experiment import data_again
     c = entry.config
-    s = datasets.load(c.get("dataset"), **((c.get("resolved") or {}).get("data") or {}))
+    s = data_again(c.get("dataset"), (c.get("resolved") or {}).get("data") or {})
     for name, now in (("data_hash", s.data_hash), ("split_hash", s.split_hash)):
         if c.get(name) != now: raise CompareError(f"{entry.id} was judged on data with {name} {str(c.get(name))[:8]}, the files now give {now[:8]}: slices would be of other cases")
     return s
@@ -567,12 +569,11 @@ def same_cases(entry, like):
 
 def judged_as(entry, like, protocol):
     "-> (RunConfig of Entry `entry` under the evaluation of `like`, Sequences, the one Plan); CompareError where its fingerprint is no longer that of `like`."
-    from mbnb import datasets
     from mbnb.config import PARAMETERS
-    from mbnb.experiment import NOT_SAVED, build_plans, configure
+    from mbnb.experiment import NOT_SAVED, build_plans, configure, data_of
     ours, theirs = (configure(**{k: e.config[k] for k in PARAMETERS if k in e.config and k not in NOT_SAVED}) for e in (entry, like))
     config = replace(ours, eval=replace(theirs.eval, protocol=type(theirs.eval.protocol)([protocol])))
-    sequences = datasets.load(config.parameters["dataset"], **config.data)
+    sequences = data_of(config)
     (plan,) = build_plans(config, sequences, "test")
     if plan.fingerprint != like.result["fingerprints"][protocol]: raise CompareError(f"{entry.id} judged by {protocol!r} would get fingerprint {plan.fingerprint}, {like.id} has {like.result['fingerprints'][protocol]}: the evaluator has changed since; judge both again")
     return config, sequences, plan
@@ -586,23 +587,28 @@ def trained(entry, config, sequences):
     model.load_state_dict({k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)})
     return model.train(False)
 
-def _again(entry, sequences, plan, protocol, found, config, **more):
-    "The Entry with the Ranks `found` in place of its own, and what follows from them."
+def last_stage(entry, config):
+    "Number of the stage whose weights a run was judged with; a budget of targets may end it before its last one."
+    return [s.name for s in config.stages].index(entry.result["stage"]) if entry.result.get("stage") else -1
+
+def _again(entry, sequences, plan, protocol, found, config, whole=True, **more):
+    "The Entry with the Ranks `found` in place of its own, and what follows from them. whole: they are of the whole catalog."
     from mbnb.evaluators import metrics
     from mbnb.experiment import baseline_table, intervals, rank_rules
-    result = copy.deepcopy(entry.result) | {"fingerprint": plan.fingerprint, "fingerprints": {protocol: plan.fingerprint}, "test": metrics.table(found, suffix=plan.name), "n_cases": len(sequences.test),
+    result = copy.deepcopy(entry.result) | {"fingerprint": plan.fingerprint, "fingerprints": {protocol: plan.fingerprint}, "test": metrics.table(found, suffix=plan.name, whole=whole), "n_cases": len(sequences.test),
                                             "ci": intervals(found, sequences.test.user, plan.name, config), "slices": {}, "baselines": baseline_table(rank_rules(sequences, "test", [plan]))}
     return replace(entry, result=result | more, again={protocol: found})
 
 def reevaluate(entry, like, protocol=None, say=lambda text: None):
     "Entry of a run judged again as Entry `like` was (by `protocol`, default its first), on the same data. CompareError where data or split differ."
-    from mbnb.experiment import rank_model
+    from mbnb.experiment import rank_model, searches
     same_cases(entry, like)
     protocol = protocol or next(iter(like.result["fingerprints"]))
     config, sequences, plan = judged_as(entry, like, protocol)
     say(f"ranking {len(sequences.test):,} cases of {entry.id} by {protocol} ({plan.fingerprint})")
-    found = rank_model(config, sequences, trained(entry, config, sequences), "test", [plan])[plan.name]
-    return _again(entry, sequences, plan, protocol, found, config)
+    model = trained(entry, config, sequences)
+    found = rank_model(config, sequences, model, "test", [plan], stage=last_stage(entry, config))[plan.name]
+    return _again(entry, sequences, plan, protocol, found, config, whole=not searches(model))
 
 # %% ../nbs/25_compare.ipynb #cell-51
 def ensemble(entries, protocol=None, say=lambda text: None):
@@ -620,7 +626,7 @@ def ensemble(entries, protocol=None, say=lambda text: None):
         if searches(model): raise CompareError(f"{e.id} finds its items by a search: what it does not find has no probability to take a mean of")
         if max_len not in (None, model.config.max_len): raise CompareError(f"{e.id} reads histories of {model.config.max_len} events, {first.id} of {max_len}: expected the same")
         max_len = model.config.max_len
-        scores.append(score_of(model, judged_part(config, model)))
+        scores.append(score_of(model, judged_part(config, model, last_stage(e, config))))
     say(f"ranking {len(sequences.test):,} cases of {len(entries)} runs together by {protocol} ({plan.fingerprint})")
     mean = lambda batch: {None: sum(score(batch).float().softmax(1) for score in scores).log()}
     found = ranks.rank_parts(mean, sequences, sequences.test, [plan], batch_size=config.fit.eval_batch_size, max_len=max_len, name="ensemble")[None][plan.name]

@@ -8,12 +8,12 @@ __all__ = ['LOOKED_AT', 'ORACLE_USERS', 'LOOK', 'RESERVE', 'READING', 'NOT_SAVED
            'valid_loss', 'make_evaluate', 'mean_and_error', 'inside', 'shown_cases', 'case_cards', 'peek', 'rank_rules',
            'rank_oracle', 'baseline_table', 'intervals', 'Clock', 'make_result', 'Control', 'clock_text', 'parts_text',
            'epoch_line', 'rules_text', 'save_progress', 'keep_progress', 'defaults_of', 'of_old', 'before_they_existed',
-           'load_progress', 'RunStopped', 'Parts', 'start_from', 'same_ids', 'how_to_set', 'read_data', 'prepare',
-           'data_facts', 'run_folder_of', 'saved_parameters', 'configure', 'some_cases', 'ask_twice', 'preflight',
-           'given_for_all', 'against_parent', 'order_card', 'Findings', 'loud', 'examine', 'stop_on_errors',
-           'run_experiment', 'announce', 'result_lines', 'make_watch', 'roll_back', 'diverged', 'worth_saving',
-           'final_ranks', 'save_item_vectors', 'same_state', 'collect_state', 'decided', 'gradient_cards',
-           'one_process', 'unwritten', 'data_of', 'meaning', 'find_run', 'finished', 'look_before', 'doctor',
+           'load_progress', 'RunStopped', 'Parts', 'start_from', 'same_ids', 'how_to_set', 'read_data', 'unwritten',
+           'data_again', 'prepare_unwritten', 'prepare', 'data_facts', 'run_folder_of', 'saved_parameters', 'configure',
+           'some_cases', 'ask_twice', 'preflight', 'given_for_all', 'against_parent', 'order_card', 'Findings', 'loud',
+           'examine', 'stop_on_errors', 'run_experiment', 'announce', 'result_lines', 'make_watch', 'roll_back',
+           'diverged', 'worth_saving', 'final_ranks', 'save_item_vectors', 'same_state', 'collect_state', 'decided',
+           'gradient_cards', 'one_process', 'data_of', 'meaning', 'find_run', 'finished', 'look_before', 'doctor',
            'against_rules', 'show_errors_short']
 
 # %% ../nbs/21_experiment.ipynb #cell-2
@@ -101,9 +101,9 @@ def judged_part(config, model, stage=-1):
     "The part of a model that `stage`, the last one it was trained in, monitors; the whole where it has parts and the stage names none; None without parts."
     return config.stages[stage].monitor or (getattr(model, "parts", ()) or (None,))[-1]
 
-def rank_model(config, sequences, model, split, plans, cases=None, team=None):
-    "{plan name: Ranks} of the model as the run will be judged."
-    return rank_parts(config, sequences, model, split, plans, cases, team)[judged_part(config, model)]
+def rank_model(config, sequences, model, split, plans, cases=None, team=None, stage=-1):
+    "{plan name: Ranks} of the model as a run is judged whose last stage was the number `stage`."
+    return rank_parts(config, sequences, model, split, plans, cases, team)[judged_part(config, model, stage)]
 
 LOOKED_AT = 256     # cases that the validation loss and the recommended lists are looked at on
 
@@ -214,7 +214,7 @@ def make_result(config, sequences, run_id, model, state, found, plans, table, cl
     names = {k: config.parameters[k] for k in ("model", "preset", "dataset")}
     return names | {"run_id": run_id, "loss": config.loss, "protocol": ", ".join(config.eval.protocol), "seed": config.fit.seed, "select_on": config.eval.select_on,
                     "fingerprint": plans[0].fingerprint, "fingerprints": {p.protocol: p.fingerprint for p in plans}, "n_cases": len(sequences.test), "best_epoch": state.best_epoch, "epochs": state.epochs,
-                    "test": test, "ci": ci, "slices": protocols.by_slice(found[plans[0].name], protocols.slices(sequences, sequences.test), suffix=plans[0].name), "baselines": table,
+                    "test": test, "ci": ci, "slices": protocols.by_slice(found[plans[0].name], protocols.slices(sequences, sequences.test), suffix=plans[0].name, whole=not searches(model)), "baselines": table,
                     "params": sum(p.numel() for p in model.parameters()), "seconds": clock.seconds(state),
                     "targets_per_cpu_second": state.targets / state.cpu_seconds if state.cpu_seconds else None, "peak_rss_mb": training.memory_now()[0] / 2**20}
 
@@ -374,17 +374,26 @@ def how_to_set(text):
     "How an option of reading, which an error names as an argument, is given to a run; '' where none is named."
     return f" In a run: -p set 'data.{found.group(1)}=...'" if (found := READING.search(text)) else ""
 
-def read_data(config, bad_rows_to):
-    "The Sequences of a RunConfig; rows that are set aside go to the file `bad_rows_to` where the config names none."
-    options = dict(config.data)
-    if options.get("on_bad_rows") == "quarantine": options.setdefault("bad_rows_to", bad_rows_to)
-    try: return datasets.load(config.parameters["dataset"], **options)
+def read_data(dataset, options, bad_rows_to):
+    "The Sequences of a data set by `data.` options; rows that are set aside go to the file `bad_rows_to` where the options name none."
+    if options.get("on_bad_rows") == "quarantine": options = {"bad_rows_to": bad_rows_to} | options
+    try: return datasets.load(dataset, **options)
     except DataError as e: raise DataError(f"{e}{how_to_set(str(e))}") from None
+
+def unwritten(options): return {k: v for k, v in options.items() if k != "bad_rows_to"}
+
+def data_again(dataset, options):
+    "The Sequences of a data set by `data.` options; rows that are set aside are written nowhere."
+    with tempfile.TemporaryDirectory() as room: return read_data(dataset, unwritten(options), str(Path(room) / "bad_rows.csv"))
+
+def prepare_unwritten(config):
+    "Parts of a RunConfig; rows that are set aside are written nowhere."
+    with tempfile.TemporaryDirectory() as room: return prepare(replace(config, data=unwritten(config.data)), str(Path(room) / "bad_rows.csv"))
 
 def prepare(config, bad_rows_to):
     "-> Parts; the plan is that of the split that chooses the epoch, `plans` are those of the test cases."
     start_fabric(config.fit)                    # refuses what this machine cannot do before anything is written
-    sequences, split = read_data(config, bad_rows_to), config.eval.select_on
+    sequences, split = read_data(config.parameters["dataset"], config.data, bad_rows_to), config.eval.select_on
     check_ids(sequences)
     if config.eval.valid_cases: sequences = replace(sequences, valid=some_cases(sequences.valid, config.eval.valid_cases))
     if not len(sequences.cases(split)): raise ConfigError(f"{sequences.name}: no {split} case to choose the epoch on; use another split, or cut times that leave some")
@@ -480,7 +489,7 @@ def order_card(config, parts):
     if "item_seq" not in getattr(parts.model, "inputs", ("item_seq",)): return skipped("D14", "the model reads no history")
     cases = some_cases(parts.sequences.test, 4 * ASKED)
     plan = build_plans(config, parts.sequences, "test", every=False, cases=cases)[0]
-    values = [metrics.per_case(rank_model(config, s, parts.model, "test", [plan], given)[plan.name], "NDCG", 10) for s, given in ((parts.sequences, cases), of_data.shuffled(parts.sequences, cases))]
+    values = [metrics.per_case(rank_model(config, s, parts.model, "test", [plan], given, stage=parts.state.stage)[plan.name], "NDCG", 10) for s, given in ((parts.sequences, cases), of_data.shuffled(parts.sequences, cases))]
     return of_data.order_matters(*values, "the model", metrics.metric_name("NDCG", 10, plan.name), config.limits)
 
 # %% ../nbs/21_experiment.ipynb #cell-31
@@ -502,8 +511,8 @@ def loud(cards): return [c for c in worst_first(cards) if c.severity in "EW" and
 def examine(config, run, parts, rules, say):
     "Preflight, written down and said -> Findings, or None without a doctor; those of a resumed run are read. Raises DoctorError where an E stops the run."
     if config.parameters["doctor"] == "off": return None
-    held = load_run(run.path).cards
-    if held: return Findings(run, say, config.mute, read_cards(held))
+    before = load_run(run.path)
+    if before.checkpoints: return Findings(run, say, config.mute, read_cards(before.cards))         # without one it begins anew, and is looked at anew
     run.status("running", "preflight")
     findings, cards = Findings(run, say, config.mute), preflight(config, parts, baseline_table(rules))
     say(f"doctor: {tally(cards)}")
@@ -702,7 +711,7 @@ def final_ranks(config, parts, team=ALONE):
     s, model = parts.sequences, parts.model
     if parts.state.best_weights: model.load_state_dict(parts.state.best_weights)
     test, valid = rank_parts(config, s, model, "test", parts.plans, team=team), build_plans(config, s, "valid", every=False) if len(s.valid) else None
-    return test, valid and rank_model(config, s, model, "valid", valid, team=team)[valid[0].name]
+    return test, valid and rank_model(config, s, model, "valid", valid, team=team, stage=parts.state.stage)[valid[0].name]
 
 def _finish(config, run, parts, rules, clock, team):
     "Score the test cases once with the best weights; write ranks and result."
@@ -767,7 +776,7 @@ def gradient_cards(config, parts, team):
 def _follow(config, team):
     "The part of a process that is not the first: it writes nothing and decides nothing."
     team.number(0)
-    parts = prepare(config, None)
+    parts = prepare_unwritten(config)
     if config.parameters["doctor"] != "off": gradient_cards(config, parts, team)
     for retries in range(int(config.limits["T01.retries"]) + 1):
         try: stopped = _follow_loop(config, parts, team)
@@ -808,13 +817,7 @@ def _in_processes(config, say):
         raise
 
 # %% ../nbs/21_experiment.ipynb #cell-49
-def unwritten(config):
-    "The RunConfig without its own file for bad rows."
-    return replace(config, data={k: v for k, v in config.data.items() if k != "bad_rows_to"})
-
-def data_of(config):
-    "The Sequences of a RunConfig; rows that are set aside are written nowhere."
-    with tempfile.TemporaryDirectory() as room: return read_data(unwritten(config), str(Path(room) / "bad_rows.csv"))
+def data_of(config): return data_again(config.parameters["dataset"], config.data)
 
 def meaning(saved):
     "What makes two runs the same: names, and everything that followed from the parameters; not how they were written, nor the number of threads. Settings younger than the run had their default."
@@ -845,7 +848,7 @@ def finished(say=print, **parameters):
 # %% ../nbs/21_experiment.ipynb #cell-50
 def look_before(config):
     "Preflight of a RunConfig by itself: data, rules, model; nothing is written."
-    with tempfile.TemporaryDirectory() as room: parts = prepare(unwritten(config), str(Path(room) / "bad_rows.csv"))
+    parts = prepare_unwritten(config)
     return preflight(config, parts, baseline_table(rank_rules(parts.sequences, "test", parts.plans)))
 
 def doctor(run_or_config, stage=""):

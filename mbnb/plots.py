@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MARKS', 'REASONS', 'STYLE', 'smooth', 'thin',
-           'loss_figure', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table', 'result_table', 'protocol_tables',
-           'slice_table', 'config_table', 'result_text', 'runs_table', 'verdict_table', 'speak', 'decimate', 'ticks',
-           'text_width', 'apart', 'number', 'short', 'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part',
-           'stages_of', 'epoch_frame', 'best_row', 'monitor', 'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves',
-           'when', 'state_words', 'html_table', 'html_facts', 'html_cards', 'fragment', 'run_facts', 'split_word',
-           'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html', 'static_twin', 'cards_page']
+           'loss_figure', 'monitor', 'best_row', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table',
+           'result_table', 'protocol_tables', 'slice_table', 'config_table', 'result_text', 'runs_table',
+           'verdict_table', 'speak', 'decimate', 'ticks', 'text_width', 'apart', 'number', 'short', 'svg_chart',
+           'Curves', 'curves_of', 'as_run', 'settings', 'part', 'stages_of', 'epoch_frame', 'untrained_loss',
+           'svg_loss', 'svg_metric', 'svg_curves', 'when', 'state_words', 'html_table', 'html_facts', 'html_cards',
+           'fragment', 'run_facts', 'split_word', 'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html',
+           'static_twin', 'cards_page']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -53,6 +54,19 @@ def loss_figure(records, at_init=None):
     return _layout(fig, "step", "training loss")
 
 # %% ../nbs/22_plots.ipynb #cell-10
+def monitor(epochs, config={}):
+    "Name of the monitored metric: NDCG@10 under the first protocol."
+    own = next((n for m in epochs.metrics for n in m if str(n).startswith("NDCG@10") and "/user" not in n), None)
+    first = str(config.get("protocol") or "full").split(",")[0].strip()
+    return own or ("NDCG@10" if first == "full" else f"NDCG@10[{first}]")
+
+def best_row(epochs):
+    "Row of the best evaluation of the last stage, the first of equals; None when there is none."
+    if not len(epochs): return None
+    values = epochs.value[epochs.stage == epochs.stage.iloc[-1]]
+    values = values[np.isfinite(values)]
+    return int(values.idxmax()) if len(values) else None
+
 def shown_rules(table, metric, most=4):
     "The `most` best rules of {rule: {metric: value}} -> [(rule, value)]."
     have = [(r, row[metric]) for r, row in table.items() if isinstance(row, dict) and isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
@@ -62,15 +76,15 @@ def rules_of(records):
     "{rule: {metric: value}} on the cases that chose the epoch, as the run wrote it."
     return records[records.kind == "rules"].iloc[-1].table if (records.kind == "rules").any() else {}
 
-def metric_figure(records, metric="NDCG@10", first="untrained"):
-    "Monitor by epoch with its 95 % band, the best epoch, and lines for the best rules without parameters on the same cases; `first`: what the model was before the first epoch."
+def metric_figure(records, first="untrained"):
+    "Monitor by epoch with its 95 % band, the epoch that is kept, and lines for the best rules without parameters on the same cases; `first`: what the model was before the first epoch."
     rules = rules_of(records)
     e = records[records.kind == "epoch"].reset_index(drop=True)
+    metric, best = monitor(e), best_row(e)
     x, low, high = list(range(len(e))), e.value - 1.96 * e.error, e.value + 1.96 * e.error
     fig = go.Figure([go.Scatter(x=x + x[::-1], y=[*high, *low[::-1]], fill="toself", line=dict(width=0), fillcolor="rgba(0,114,178,.15)", name="95 % of users", mode="lines", hoverinfo="skip"),
                      go.Scatter(x=x, y=e.value, mode="lines+markers", name="validation", line_color=COLORS["model"])])
-    best = int(e.value.idxmax())
-    fig.add_scatter(x=[best], y=[e.value[best]], mode="markers", marker=dict(symbol="star", size=14, color=COLORS["best"]), name=f"best: {e.value[best]:.4f}")
+    if best is not None: fig.add_scatter(x=[best], y=[e.value[best]], mode="markers", marker=dict(symbol="star", size=14, color=COLORS["best"]), name=f"best: {e.value[best]:.4f}")
     for k, (rule, value) in enumerate(shown_rules(rules, metric)):
         fig.add_scatter(x=[x[0], x[-1]], y=[value, value], mode="lines", name=f"{escape(rule)}: {value:.4f}", line=dict(color=COLORS["rules"][k % 4], dash=DASHES[k % 4]))
     fig.update_yaxes(rangemode="tozero")
@@ -80,14 +94,14 @@ def metric_figure(records, metric="NDCG@10", first="untrained"):
 
 # %% ../nbs/22_plots.ipynb #cell-12
 def epoch_table(records):
-    "Data frame of the epochs: loss, the monitored metrics, seconds, and which was best."
-    e = records[records.kind == "epoch"]
+    "Data frame of the epochs: loss, the monitored metrics, seconds, and which is kept: the best one of the last stage."
+    e = records[records.kind == "epoch"].reset_index(drop=True)
     shown = {"epoch": e.epoch.astype(int), "loss": e.get("loss", pd.Series(dtype=float)).round(4)}
     if e.stage.nunique() > 1: shown = {"stage": e.stage} | shown
     names = [n for n in e.metrics.iloc[0] if n.split("[")[0] in ("HR@10", "NDCG@10", "MRR@10")]
     shown |= {n: [round(m[n], 4) for m in e.metrics] for n in names}
-    shown |= {"+-": (1.96 * e.error).round(4), "train s": e.get("train_seconds", pd.Series(dtype=float)).round(1), "best": ["*" if i == e.value.idxmax() else "" for i in e.index]}
-    return pd.DataFrame(shown).reset_index(drop=True)
+    shown |= {"+-": (1.96 * e.error).round(4), "train s": e.get("train_seconds", pd.Series(dtype=float)).round(1), "best": ["*" if i == best_row(e) else "" for i in e.index]}
+    return pd.DataFrame(shown)
 
 # %% ../nbs/22_plots.ipynb #cell-13
 def result_table(result, protocol=""):
@@ -143,7 +157,7 @@ def verdict_table(tests):
     rows = [{"against": name, "difference": round(v.difference, 4), "95 %": f"{v.low:.4f} to {v.high:.4f}", "p": round(v.p, 4), "": v.words} for name, v in tests.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_plots.ipynb #cell-24
+# %% ../nbs/22_plots.ipynb #cell-26
 LANGS = ("en", "zh")
 WORDS = {
     "each_step": ("each step", "每一步"), "running_mean": ("running mean", "滑动平均"), "untrained_value": ("untrained: {value}", "未训练时：{value}"),
@@ -160,7 +174,7 @@ def speak(lang, table=WORDS):
     def say(key, *values, **named): return table[key][LANGS.index(lang)].format(*values, **named)
     return say
 
-# %% ../nbs/22_plots.ipynb #cell-27
+# %% ../nbs/22_plots.ipynb #cell-29
 def decimate(x, y, most=500):
     "At most `most` points of a line, x and y (N,), order kept: first, last, and the lowest and highest of equal stretches between. What is not finite stays only where a whole stretch is not."
     x, y = np.asarray(x), np.asarray(y, float)
@@ -176,7 +190,7 @@ def decimate(x, y, most=500):
     keep = keep[keep < n]
     return x[keep], y[keep]
 
-# %% ../nbs/22_plots.ipynb #cell-30
+# %% ../nbs/22_plots.ipynb #cell-32
 def ticks(low, high, most=5):
     "Round numbers from low to high, about `most` of them -> (values, decimals to print)."
     span = (high - low) or abs(high) or 1.
@@ -196,7 +210,7 @@ def apart(labels, gap=8):
         if not kept or x + text_width(text) / 2 + gap <= kept[-1][0] - text_width(kept[-1][1]) / 2: kept.append((x, text))
     return kept[::-1]
 
-# %% ../nbs/22_plots.ipynb #cell-33
+# %% ../nbs/22_plots.ipynb #cell-35
 def number(value, digits=4):
     "Text of a number; a dash for None, and what is not finite by its name."
     if value is None: return "–"
@@ -212,7 +226,7 @@ def short(text, most=120):
     text = " ".join(str(text).split())
     return text if len(text) <= most else text[:most - 1] + "…"
 
-# %% ../nbs/22_plots.ipynb #cell-36
+# %% ../nbs/22_plots.ipynb #cell-38
 LOOKS = {"raw": ("#8a8a8a", 1, ""), "model": (COLORS["model"], 2, ""), "init": ("#8a8a8a", 1.5, "2 4"), "bad": (COLORS["best"], 1.5, ""),
          **{f"r{k}": (c, 1.5, d) for k, (c, d) in enumerate(zip(COLORS["rules"], ("7 4", "2 3", "9 3 2 3", "14 4")))}}
 BOX = dict(width=460, left=50, right=450, top=26, bottom=200)
@@ -235,7 +249,7 @@ def _text(x, y, text, anchor="start", kind="t"):
 
 def _star(x, y): return '<path class="k-best" fill="{}" stroke="none" d="M{}Z"/>'.format(COLORS["best"], "L".join(f"{x + r * math.sin(k * math.pi / 5):.1f} {y - r * math.cos(k * math.pi / 5):.1f}" for k, r in enumerate([8, 3.2] * 5)))
 
-# %% ../nbs/22_plots.ipynb #cell-37
+# %% ../nbs/22_plots.ipynb #cell-39
 def _legend(entries, y):
     "Rows of samples and names from y downward -> (svg, y of the end). Each entry: (svg of a sample 22 wide with its middle at (0,0), name)."
     x, out = BOX["left"], []
@@ -258,7 +272,7 @@ def _axes(title, x_label, y_values, decimals, at_y, x_labels):
     out += [_text(min(x, b["width"] - text_width(t) / 2), b["bottom"] + 15, t, "middle") for x, t in apart(x_labels)]
     return "".join(out) + _text((b["left"] + b["right"]) / 2, b["bottom"] + 30, x_label, "middle")
 
-# %% ../nbs/22_plots.ipynb #cell-38
+# %% ../nbs/22_plots.ipynb #cell-40
 def svg_chart(title, x_label, lines, *, levels=(), band=None, star=None, marks=(), cuts=(), x_labels=None, zero=False, dots=False, empty="no data"):
     """One chart as SVG text. lines: [(x, y, name, look)], levels: [(y, name, look)], band: (x, low, high, name), star: (x, y, name), marks: (xs, name),
     cuts: [(x, name)] vertical lines, x_labels: [(x, text)] instead of numbers, zero: the y axis begins at 0, dots: points are drawn. Not finite = a gap."""
@@ -282,7 +296,7 @@ def svg_chart(title, x_label, lines, *, levels=(), band=None, star=None, marks=(
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {b["width"]} {end:.0f}" role="img" aria-label="{escape(title)}" '
             f'font-family="system-ui,sans-serif" style="width:100%;height:auto">{"".join(body)}{legend}</svg>')
 
-# %% ../nbs/22_plots.ipynb #cell-39
+# %% ../nbs/22_plots.ipynb #cell-41
 def _drawn(lines, levels, band, star, marks, cuts, dots, at_x, at_y):
     "SVG of what stands in the plot, the background first."
     b, out = BOX, []
@@ -310,7 +324,7 @@ def _entries(lines, levels, band, star, marks):
     if star: out.append((_star(11, 0), star[2]))
     return out + [(line(look), name) for _, name, look in levels] + ([(f'<path {_stroke("bad")} d="M8 -3l6 6m0 -6l-6 6"/>', marks[1])] if marks else [])
 
-# %% ../nbs/22_plots.ipynb #cell-42
+# %% ../nbs/22_plots.ipynb #cell-44
 @dataclass(frozen=True)
 class Curves:
     "What the records of a run hold for its pictures."
@@ -335,7 +349,7 @@ def curves_of(run, lang="en"):
     at_init, aux = untrained_loss(config)
     return Curves(loss, epochs, best_row(epochs), rules.get("table", {}), monitor(epochs, config), at_init, aux, str(config.get("select_on", "valid")), tail.bad)
 
-# %% ../nbs/22_plots.ipynb #cell-43
+# %% ../nbs/22_plots.ipynb #cell-45
 def as_run(run): return run if isinstance(run, Run) else load_run(run)
 
 def settings(run):
@@ -366,20 +380,7 @@ def epoch_frame(records, say, start="untrained"):
     frame["label"] = [(f"{s} " if several else "") + name(e, s) for e, s in zip(frame.epoch, frame.stage)]
     return frame
 
-def best_row(epochs):
-    "Row of the best evaluation of the last stage, the first of equals; None when there is none."
-    if not len(epochs): return None
-    values = epochs.value[epochs.stage == epochs.stage.iloc[-1]]
-    values = values[np.isfinite(values)]
-    return int(values.idxmax()) if len(values) else None
-
-# %% ../nbs/22_plots.ipynb #cell-44
-def monitor(epochs, config):
-    "Name of the monitored metric: NDCG@10 under the first protocol."
-    own = next((n for m in epochs.metrics for n in m if str(n).startswith("NDCG@10") and "/user" not in n), None)
-    first = str(config.get("protocol") or "full").split(",")[0].strip()
-    return own or ("NDCG@10" if first == "full" else f"NDCG@10[{first}]")
-
+# %% ../nbs/22_plots.ipynb #cell-46
 def untrained_loss(config):
     "-> (loss expected of an untrained model or None, are there terms beside the main one): what the loss says of itself, times the weight of the main term."
     stages, n = stages_of(config), part(config, "config", "model").get("n_items")
@@ -392,7 +393,7 @@ def untrained_loss(config):
     except (MbnbError, KeyError, TypeError, ValueError, AttributeError): return None, False
     return (float(value), any(w for k, w in weights.items() if k != "main")) if math.isfinite(value) else (None, False)
 
-# %% ../nbs/22_plots.ipynb #cell-47
+# %% ../nbs/22_plots.ipynb #cell-49
 def svg_loss(curves, lang="en"):
     "Training loss by step as SVG."
     say, loss, x = speak(lang), curves.loss, np.arange(1, len(curves.loss) + 1)
@@ -423,7 +424,7 @@ def svg_curves(run, lang="en"):
     curves = run if isinstance(run, Curves) else curves_of(run, lang)
     return f'<div class="charts"><figure>{svg_loss(curves, lang)}</figure><figure>{svg_metric(curves, lang)}</figure></div>'
 
-# %% ../nbs/22_plots.ipynb #cell-49
+# %% ../nbs/22_plots.ipynb #cell-51
 WORDS |= {
     "state_queued": ("queued", "排队中"), "state_running": ("running", "运行中"), "state_paused": ("paused", "已暂停"), "state_stopping": ("stopping", "正在停止"), "state_done": ("done", "已完成"),
     "state_stopped": ("stopped", "已停止"), "state_failed": ("failed", "失败"), "state_crashed": ("crashed", "崩溃"),
@@ -447,7 +448,7 @@ MARKS = {"queued": "…", "running": "▶", "paused": "‖", "stopping": "■", 
 REASONS = [(r"all (\d+) epochs done", "all"), (r"(\d+) epochs without improvement > ([\d.]+) \(patience (\d+)\)", "flat"), (r"signal (\w+)", "signal"), (r"stop was requested", "request"),
            (r"training", "training"), (r"baselines", "baselines"), (r"interrupted", "interrupted"), (r"finished", "finished")]
 
-# %% ../nbs/22_plots.ipynb #cell-50
+# %% ../nbs/22_plots.ipynb #cell-52
 def when(seconds, say):
     "A point in time as text (UTC)."
     try: return datetime.fromtimestamp(float(seconds), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -462,7 +463,7 @@ def state_words(run, say):
     found = next(((m, key) for pattern, key in REASONS if (m := re.fullmatch(pattern, reason))), None)
     return state, word, say(f"reason_{found[1]}", *found[0].groups()) if found else say("reason_own", reason) if reason else ""
 
-# %% ../nbs/22_plots.ipynb #cell-51
+# %% ../nbs/22_plots.ipynb #cell-53
 _LIGHT = "--fg:#1f2328;--soft:#59636e;--line:#d1d9e0;--bg:#fff;--card:#f4f6f8;--raw:#8a8a8a;--model:#0072B2;--best:#c04a00;--r0:#00775a;--r1:#a8487f;--r2:#966400;--r3:#2b7fb8;"
 _DARK = "--fg:#e6e8ea;--soft:#a3abb3;--line:#3d444d;--bg:#15181c;--card:#20242a;--raw:#8f979f;--model:#56b4e9;--best:#ff9a4d;--r0:#2fd0a5;--r1:#e79ac4;--r2:#f0c14b;--r3:#9fc6e8;"
 STYLE = ".mbnb{" + _LIGHT + "}@media(prefers-color-scheme:dark){.mbnb{" + _DARK + "}}[data-jp-theme-light=true] .mbnb{" + _LIGHT + "}[data-jp-theme-light=false] .mbnb{" + _DARK + """}
@@ -479,7 +480,7 @@ STYLE = ".mbnb{" + _LIGHT + "}@media(prefers-color-scheme:dark){.mbnb{" + _DARK 
 @container(max-width:980px){.mbnb .aside{display:none}.mbnb .below{display:block}.mbnb td,.mbnb th,.mbnb .n{padding:3px 8px 3px 0}}.mbnb .k-raw{stroke-opacity:.55}.mbnb tr{background:none}.mbnb .k-best{fill:var(--best);stroke:none}.mbnb .k-band{fill:var(--model);stroke:none}"""
 STYLE = STYLE.replace(".mbnb ", ".mbnb.mbnb.mbnb ")      # stronger than what JupyterLab says about tables
 
-# %% ../nbs/22_plots.ipynb #cell-52
+# %% ../nbs/22_plots.ipynb #cell-54
 _NUMERIC = re.compile(r"[+\-−–±]?[\d.,]*(e-?\d+)?( ?%)?|NaN|−?∞|[\d.,]+ – [\d.,]+")
 
 def html_table(columns, rows, caption="", own=(), optional=(), quiet=(), under=()):
@@ -516,7 +517,7 @@ def fragment(body, lang):
     "HTML that brings its own look."
     return f'<div class="mbnb" lang="{"zh-CN" if lang == "zh" else "en"}"><style>{STYLE}</style>{body}</div>'
 
-# %% ../nbs/22_plots.ipynb #cell-54
+# %% ../nbs/22_plots.ipynb #cell-56
 def run_facts(run, curves, say):
     "[(name, value)] of a run: who, on what, judged how, how far."
     config, result, status, e = settings(run), run.result or {}, run.status, curves.epochs
@@ -533,7 +534,7 @@ def run_facts(run, curves, say):
 
 def split_word(split, say): return say("split_test" if split == "test" else "split_valid")
 
-# %% ../nbs/22_plots.ipynb #cell-55
+# %% ../nbs/22_plots.ipynb #cell-57
 def epoch_rows(curves, say, rows):
     "-> (columns, table rows, those that hold the best epoch) for some rows of `curves.epochs`; a change counts beyond two standard errors."
     e = curves.epochs
@@ -561,7 +562,7 @@ def rule_rows(table, names, own, label, say):
 
 def suffix_of(protocol): return "" if protocol == "full" else f"[{protocol}]"
 
-# %% ../nbs/22_plots.ipynb #cell-56
+# %% ../nbs/22_plots.ipynb #cell-58
 def rules_html(run, curves, say):
     "The rules without parameters and the model: on the test cases, a table a protocol, once they are scored; before that on the cases that choose the epoch."
     result, label, head = run.result, say("model_name", name=short(settings(run).get("model"), 30)), ("HR@10", "NDCG@10", "MRR@10")

@@ -641,6 +641,34 @@ def toy(tmp_path_factory):
     return root
 
 
+def test_a_budget_that_ends_in_the_first_stage_leaves_one_judged_part(tmp_path):
+    from mbnb.evaluators.metrics import per_case
+    from mbnb.evaluators.ranks import Ranks
+    from mbnb.experiment import configure, run_experiment
+
+    more = "fit.targets=300 model.d_model=16 eval.bootstrap=20 fit.threads=1"
+    made = run_experiment(configure(model="sigma_mule", dataset="toyshop-tiny", runs_dir=str(tmp_path), doctor="off", set=more), say=lambda text: None)
+    entry = compare.read_entry(made["path"])
+    assert entry.result["stage"] == "graph"
+    valid = Ranks(**entry.run.ranks("valid"))
+    assert per_case(valid, "NDCG", 10).mean() == pytest.approx(entry.result["selected"]["value"])
+    assert compare.reevaluate(entry, entry).result["test"] == pytest.approx(entry.result["test"])
+
+
+def test_rows_set_aside_do_not_keep_a_run_from_being_read_again(tmp_path):
+    from mbnb.experiment import configure, run_experiment
+
+    rows = [f"{u},{(u + i) % 40},view,{100 * u + i}" for u in range(40) for i in range(9)]
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join(["user,item,behavior,timestamp", *rows, "1,,view,5"]) + "\n")
+    more = "data.on_bad_rows=quarantine model.d_model=16 eval.bootstrap=20 fit.threads=1"
+    made = run_experiment(configure(dataset=str(log), epochs=1, runs_dir=str(tmp_path / "runs"), doctor="off", set=more), say=lambda text: None)
+    entry = compare.read_entry(made["path"])
+    assert (entry.run.path / "bad_rows.csv").exists()
+    assert compare.load_data(entry).data_hash == entry.config["data_hash"]
+    assert compare.reevaluate(entry, entry).result["test"] == pytest.approx(entry.result["test"])
+
+
 def test_a_run_can_be_judged_again_like_another(toy):
     a, b = (compare.read_entry(toy / name) for name in ("whole", "sampled"))
     with pytest.raises(CompareError, match="was not judged by"):

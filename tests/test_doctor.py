@@ -63,6 +63,14 @@ def test_an_error_stops_the_run_before_its_first_step(tmp_path):
     assert not list(left.path.glob("checkpoints/*")) and left.result is None
 
 
+def test_a_run_that_was_stopped_is_stopped_again_on_resume(tmp_path):
+    with pytest.raises(DoctorError): run(tmp_path, run_name="stopped", **WRONG)
+    with pytest.raises(DoctorError, match="stopped before the first step by 1 finding of severity E: E D09"):
+        run_experiment(configure(resume="stopped", runs_dir=str(tmp_path)), lambda line: None)
+    left = load_run(tmp_path / "stopped")
+    assert not left.checkpoints and left.result is None and list(cards(left, "E")) == ["D09"]
+
+
 def test_warn_runs_all_the_same_and_marks_the_run_invalid(tmp_path):
     said = []
     made = run(tmp_path, said.append, doctor="warn", **WRONG)

@@ -420,9 +420,9 @@ def popularity_slices(sequences, cases):
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-74
 LEAST_CASES = 30        # an HR of one half has a standard error of .09 here
 
-def by_slice(ranks, masks, ks=KS, suffix=""):
-    "{slice: {n, metrics}} for `masks` {slice: bool (N,)}; metrics is 'not measurable' for fewer than 30 cases."
-    return {name: {"n": int(mask.sum()), "metrics": table(ranks.take(mask), ks, suffix) if mask.sum() >= LEAST_CASES else "not measurable"}
+def by_slice(ranks, masks, ks=KS, suffix="", whole=True):
+    "{slice: {n, metrics}} for `masks` {slice: bool (N,)}; metrics is 'not measurable' for fewer than 30 cases. whole: also those that need the rank of every target, which a search does not give."
+    return {name: {"n": int(mask.sum()), "metrics": table(ranks.take(mask), ks, suffix, whole=whole) if mask.sum() >= LEAST_CASES else "not measurable"}
             for name, mask in masks.items()}
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-78
