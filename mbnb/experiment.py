@@ -438,7 +438,8 @@ def configure(**parameters):
     own = saved_parameters(saved)
     devices = {"devices": p["devices"]} if p["devices"] != PARAMETERS["devices"] else {}
     named = {k: v for k, v in p.items() if k not in (*NOT_SAVED, *devices) and v != PARAMETERS[k]}
-    refuse_differences({k: own.get(k) for k in named}, named, "config")
+    alike = lambda values: values | ({"protocol": protocols.parse(values["protocol"])} if values.get("protocol") else {})
+    refuse_differences(alike({k: own.get(k) for k in named}), alike(named), "config")
     return make_config(**(own | devices | {"resume": p["resume"], "runs_dir": p["runs_dir"], "run_name": ""}))
 
 # %% ../nbs/21_experiment.ipynb #cell-27

@@ -28,7 +28,7 @@ from ..sequences import train_counts
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-7
 FILTERS = ("none", "target_behavior", "all_seen")
-FORMS = "full, uni<m>, pop<m>, any<m>, fixed<m> (m = number of negatives), each alone or followed by /none, /target_behavior or /all_seen"
+FORMS = "full, uni<m>, pop<m>, any<m>, fixed<m> (m = number of negatives), each alone or followed by /none, /target_behavior or /all_seen (any<m> by /none only)"
 _FORM = re.compile(r"(full|uni|pop|any|fixed)((?<!full)[1-9]\d{0,6})?(?:/(none|target_behavior|all_seen))?")
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _unknown(text):
     "The EvalError for a name that is no protocol, with the nearest one that is."
     number = re.search(r"[1-9]\d{0,6}", text)
     m = number[0] if number else "99"
-    valid = [kind + tail for kind in ("full", f"uni{m}", f"pop{m}", f"any{m}", f"fixed{m}") for tail in ("", *(f"/{f}" for f in FILTERS))]
+    valid = [kind + tail for kind in ("full", f"uni{m}", f"pop{m}", f"any{m}", f"fixed{m}") for tail in ("", *(f"/{f}" for f in FILTERS)) if kind[:3] != "any" or tail in ("", "/none")]
     near = difflib.get_close_matches(text.lower(), valid, 1, 0)[0]
     return EvalError(f"protocol {text!r} is unknown; did you mean {near!r}? Valid: {FORMS}")
 
@@ -51,7 +51,8 @@ def read_protocol(name):
     "'uni99/none' -> Protocol('uni', 99, 'none'). Raises EvalError with the nearest name and the valid forms."
     found = _FORM.fullmatch(name)
     if not found or (found[1] == "full") != (found[2] is None): raise _unknown(name)
-    return Protocol(found[1], int(found[2] or 0), found[3])
+    if found[1] == "any" and found[3] not in (None, "none"): raise EvalError(f"protocol {name!r}: any<m> draws from the user's own items as well, so no filter holds there; use any{found[2]}, or uni{found[2]}/{found[3]}, which draws none of them")
+    return Protocol(found[1], int(found[2] or 0), "none" if found[1] == "any" else found[3])
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-9
 def parse(text):

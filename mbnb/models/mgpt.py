@@ -196,6 +196,7 @@ def _check(c):
     "ValueError naming the field that does not fit."
     check_settings(c, {"form": ("general", "published"), "levels": ("max", "attention")}, item_levels=SOME, scales=SOME, n_queries=SOME, power=SOME, graph_dropout=SHARE)
     if len(c.scales) != len(c.n_queries): raise ValueError(f"scales={c.scales} and n_queries={c.n_queries}: expected one number of queries a scale")
+    if not (c.mask_prob or c.mask_prob_high): raise ValueError("mask_prob=0: expected a share above 0, at most 1: events that are hidden are all that is asked for")
     if c.mask_prob_high and not c.mask_prob <= c.mask_prob_high <= 1: raise ValueError(f"mask_prob_high={c.mask_prob_high}: expected 0 (one share for all rows) or a share from mask_prob={c.mask_prob} to 1")
     losses_of(("ce",), c.head)
     if c.form == "published" and c.head == "repeat": raise ValueError("head='repeat' needs form='general'; preset retail has it")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,15 @@ def test_f09_resume_with_another_setting_is_refused_with_a_table(undisturbed):
     with pytest.raises(RunError, match="epochs") as refused:
         configure(resume=path.name, runs_dir=str(path.parent), epochs=9)
     assert "4" in str(refused.value) and "9" in str(refused.value)
+
+
+def test_f09_the_same_protocols_written_otherwise_are_no_other_setting(undisturbed, tmp_path):
+    shutil.copytree(undisturbed["path"], tmp_path / "two")
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "config.json").write_text(json.dumps(saved | {"protocol": "full, uni20"}))
+    assert configure(resume="two", runs_dir=str(tmp_path), protocol="full,uni20").eval.protocol == ["full", "uni20"]
+    with pytest.raises(RunError, match="protocol"):
+        configure(resume="two", runs_dir=str(tmp_path), protocol="uni20,full")
 
 
 def test_f12_without_generators_it_resumes_and_says_so_loudly(tmp_path, monkeypatch):
