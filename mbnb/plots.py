@@ -54,10 +54,10 @@ def loss_figure(records, at_init=None):
     return _layout(fig, "step", "training loss")
 
 # %% ../nbs/22_plots.ipynb #cell-10
-def monitor(epochs, config={}):
+def monitor(epochs, config=None):
     "Name of the monitored metric: NDCG@10 under the first protocol."
     own = next((n for m in epochs.metrics for n in m if str(n).startswith("NDCG@10") and "/user" not in n), None)
-    first = str(config.get("protocol") or "full").split(",")[0].strip()
+    first = str((config or {}).get("protocol") or "full").split(",")[0].strip()
     return own or ("NDCG@10" if first == "full" else f"NDCG@10[{first}]")
 
 def best_row(epochs):

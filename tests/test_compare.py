@@ -647,7 +647,8 @@ def test_a_budget_that_ends_in_the_first_stage_leaves_one_judged_part(tmp_path):
     from mbnb.experiment import configure, run_experiment
 
     more = "fit.targets=300 model.d_model=16 eval.bootstrap=20 fit.threads=1"
-    made = run_experiment(configure(model="sigma_mule", dataset="toyshop-tiny", runs_dir=str(tmp_path), doctor="off", set=more), say=lambda text: None)
+    config = configure(model="sigma_mule", dataset="toyshop-tiny", runs_dir=str(tmp_path), doctor="off", set=more)
+    made = run_experiment(config, say=lambda text: None)
     entry = compare.read_entry(made["path"])
     assert entry.result["stage"] == "graph"
     valid = Ranks(**entry.run.ranks("valid"))
@@ -662,7 +663,8 @@ def test_rows_set_aside_do_not_keep_a_run_from_being_read_again(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("\n".join(["user,item,behavior,timestamp", *rows, "1,,view,5"]) + "\n")
     more = "data.on_bad_rows=quarantine model.d_model=16 eval.bootstrap=20 fit.threads=1"
-    made = run_experiment(configure(dataset=str(log), epochs=1, runs_dir=str(tmp_path / "runs"), doctor="off", set=more), say=lambda text: None)
+    config = configure(dataset=str(log), epochs=1, runs_dir=str(tmp_path / "runs"), doctor="off", set=more)
+    made = run_experiment(config, say=lambda text: None)
     entry = compare.read_entry(made["path"])
     assert (entry.run.path / "bad_rows.csv").exists()
     assert compare.load_data(entry).data_hash == entry.config["data_hash"]

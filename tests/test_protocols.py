@@ -36,7 +36,7 @@ from mbnb.evaluators.protocols import (
     slices,
     without_done,
 )
-from mbnb.evaluators.ranks import EvalError, masked_targets, rank_cases
+from mbnb.evaluators.ranks import EvalError, rank_cases, removed
 from mbnb.sequences import Cases, Sequences, train_counts
 
 
@@ -153,7 +153,7 @@ def test_filter_that_removes_targets():
     with pytest.raises(EvalError, match=rf"target of {count} of 200 test cases \({100 * share:.1f} %"):
         make_plan(s, s.test, "full", seen_filter="all_seen", split="test")
     plan = make_plan(s, s.test, "full", seen_filter="all_seen", split="test", filtered_target="miss")
-    assert (plan.missed == masked_targets(plan, s.test.target)).all() and plan.missed.sum() == count
+    assert (plan.missed == removed(plan.seen, s.test.target)).all() and plan.missed.sum() == count
     ranks = rank_cases(lambda b: torch.zeros(len(b), 61), s, s.test, [plan], batch_size=64, max_len=20)[""]
     assert (ranks.g[plan.missed] == ranks.m[plan.missed]).all() and not ranks.e[plan.missed].any()
     assert (per_case(ranks, "HR", 10)[plan.missed] == 0).all()

@@ -21,10 +21,10 @@ import numpy as np
 import polars as pl
 
 from . import KNOWN, SEVERITIES, THRESHOLDS, fine, finding, grade, skipped
-from ..evaluators.baselines import markov, rank_baselines, ragged
+from ..evaluators.baselines import markov, rank_baselines
 from ..evaluators.metrics import per_case
 from ..evaluators.protocols import make_plan
-from ..evaluators.ranks import in_history
+from ..evaluators.ranks import in_history, ragged
 from ..events import FLOOR, S_TO_MS
 from ..items import best_mend
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'FORMS', 'SAMPLER', 'EVALUATOR', 'LEAST_CASES', 'Protocol', 'read_protocol', 'parse', 'seen_items',
-           'filtered_targets', 'train_events', 'draw_negatives', 'candidate_ids', 'fixed_negatives', 'fingerprint',
+           'filtered_targets', 'train_items', 'draw_negatives', 'candidate_ids', 'fixed_negatives', 'fingerprint',
            'protocol_fields', 'differing', 'check_same', 'make_plan', 'sampling_advice', 'save_negatives',
            'load_negatives', 'chance_row', 'repeat_mask', 'newest_behavior', 'slices', 'without_done', 'length_slices',
            'popularity_decile', 'popularity_slices', 'by_slice', 'decode', 'least_first', 'least_share',
@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import gammaln
 
 from .metrics import KS, chance, metric_name, table
-from .ranks import EvalError, Plan, in_history
+from .ranks import EvalError, Plan, in_history, ragged, removed
 from ..sequences import train_counts
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-7
@@ -65,12 +65,6 @@ def parse(text):
     return names
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-14
-def _expand(start, stop):
-    "-> (place (P,), index (P,)) int64: every position of the ranges [start, stop) (R,), with the number of its range."
-    count = stop - start
-    place = np.repeat(np.arange(len(count)), count)
-    return place, np.arange(len(place)) + np.repeat(start - (np.cumsum(count) - count), count)
-
 def _distinct(keys):
     "Sorted distinct `keys` (P,) int64. Runs of them are in order already, which a stable sort turns into speed."
     keys = np.sort(keys, kind="stable")
@@ -94,24 +88,16 @@ def seen_items(sequences, cases, seen_filter):
     wanted = sequences.target_behaviors if seen_filter == "target_behavior" else ()
     V, count, found = len(sequences.items), np.zeros(len(cases), np.int64), [np.zeros(0, np.int32)]
     for rows in _blocks(cases.length):
-        place, index = _expand(cases.start[rows], cases.stop[rows])
+        place, index = ragged(cases.start[rows], cases.stop[rows])
         if wanted: keep = np.isin(sequences.behavior[index], wanted); place, index = place[keep], index[keep]
         key = _distinct(place * V + sequences.item[index])
         found.append((key % V).astype(np.int32)); count[rows] = np.bincount(key // V, minlength=len(rows))
     return np.append(0, np.cumsum(count)), np.concatenate(found)
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-18
-def _filtered(seen, cases):
-    "bool (N,): the filter removes the target."
-    out = np.zeros(len(cases), bool)
-    if seen is None: return out
-    place = np.repeat(np.arange(len(cases)), np.diff(seen[0]))
-    out[place[seen[1] == cases.target[place]]] = True
-    return out
-
 def filtered_targets(sequences, cases, seen_filter):
-    "(count, share) of the cases whose target the filter would remove; shown with every run."
-    hit = _filtered(seen_items(sequences, cases, seen_filter), cases)
+    "(count, share) of the cases whose target the filter would remove."
+    hit = removed(seen_items(sequences, cases, seen_filter), cases.target)
     return int(hit.sum()), float(hit.mean()) if len(hit) else 0.
 
 def _allow_missed(missed, seen_filter, filtered_target, protocol, split):
@@ -125,10 +111,10 @@ def _allow_missed(missed, seen_filter, filtered_target, protocol, split):
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-21
 SAMPLER = 1             # version of the drawing below; goes up when it would draw something else
 
-def train_events(sequences):
+def train_items(sequences):
     "int32 (P,): the item of every training event, targets of training rows included, once per row it stands in."
     c, parts = sequences.train, [sequences.train.target]
-    for rows in _blocks(c.length): parts.append(sequences.item[_expand(c.start[rows], c.stop[rows])[1]])
+    for rows in _blocks(c.length): parts.append(sequences.item[ragged(c.start[rows], c.stop[rows])[1]])
     return np.concatenate(parts).astype(np.int32)
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-24
@@ -141,7 +127,7 @@ def _among(keys, key):
 def _known(sequences, cases, users):
     "Sorted keys `place in users · V + item` of all that the sorted `users` touch in any split."
     V = len(sequences.items)
-    place, index = _expand(sequences.offsets[users], sequences.offsets[users + 1])
+    place, index = ragged(sequences.offsets[users], sequences.offsets[users + 1])
     keys = [_END, place * V + sequences.item[index]]
     for c in (sequences.train, sequences.valid, sequences.test, cases):
         at = np.minimum(np.searchsorted(users, c.user), len(users) - 1)
@@ -151,7 +137,7 @@ def _known(sequences, cases, users):
 
 def _of_case(sequences, cases):
     "Sorted keys `case · V + item` of each case's whole history and its target."
-    V, (place, index) = len(sequences.items), _expand(cases.start, cases.stop)
+    V, (place, index) = len(sequences.items), ragged(cases.start, cases.stop)
     return _distinct(np.concatenate([_END, place * V + sequences.item[index], np.arange(len(cases)) * V + cases.target]))
 
 # %% ../../nbs/evaluators/03_protocols.ipynb #cell-27
@@ -182,7 +168,7 @@ def _race(draw, out, owner, forbidden):
     for rows in np.split(open_rows, range(step, len(open_rows), step)):
         with np.errstate(divide="ignore"): finish = draw.rng.standard_exponential((len(rows), draw.V)) / weight
         first = np.searchsorted(forbidden, owner[rows] * draw.V)
-        place, index = _expand(first, np.searchsorted(forbidden, (owner[rows] + 1) * draw.V))
+        place, index = ragged(first, np.searchsorted(forbidden, (owner[rows] + 1) * draw.V))
         finish[place, forbidden[index] % draw.V] = np.inf
         np.put_along_axis(finish, out[rows].astype(np.int64), np.inf, 1)
         need = (out[rows] == 0).sum(1)
@@ -216,7 +202,7 @@ def draw_negatives(sequences, cases, protocol, *, split, seed=0, block=1 << 15):
 
     Raises EvalError where a user leaves too few. The block size is part of the sampler: another one draws other items."""
     p = read_protocol(protocol)
-    tickets = train_events(sequences) if p.kind == "pop" else np.arange(1, len(sequences.items), dtype=np.int32)
+    tickets = train_items(sequences) if p.kind == "pop" else np.arange(1, len(sequences.items), dtype=np.int32)
     draw, out = _Draw(tickets, len(sequences.items), _generator(seed, split, p.kind)), np.zeros((len(cases), p.n), np.int32)
     for a in range(0, len(cases), block):
         users, owner = np.unique(cases.user[a:a + block], return_inverse=True)
@@ -329,7 +315,7 @@ def make_plan(sequences, cases, protocol, *, seen_filter, split, seed=0, filtere
     p = read_protocol(protocol)
     rule = p.seen_filter or seen_filter
     seen = seen_items(sequences, cases, rule)
-    missed = _filtered(seen, cases)
+    missed = removed(seen, cases.target)
     _allow_missed(missed, rule, filtered_target, protocol, split)
     negatives, drawn = _negatives(sequences, cases, f"{p.kind}{p.n}", p, split, seed, candidate_file)
     if advice := sampling_advice(protocol, sequences.n_items): warnings.warn(advice, stacklevel=2)
@@ -392,7 +378,7 @@ def without_done(sequences, cases, done):
     "bool (N,): the whole input holds no event of the behaviors `done` (ids)."
     out = np.ones(len(cases), bool)
     for rows in _blocks(cases.length):
-        place, index = _expand(cases.start[rows], cases.stop[rows])
+        place, index = ragged(cases.start[rows], cases.stop[rows])
         out[rows[place[np.isin(sequences.behavior[index], list(done))]]] = False
     return out
 

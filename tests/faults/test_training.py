@@ -118,7 +118,7 @@ def test_f09_the_same_protocols_written_otherwise_are_no_other_setting(undisturb
     shutil.copytree(undisturbed["path"], tmp_path / "two")
     saved = json.loads((tmp_path / "two" / "config.json").read_text())
     (tmp_path / "two" / "config.json").write_text(json.dumps(saved | {"protocol": "full, uni20"}))
-    assert configure(resume="two", runs_dir=str(tmp_path), protocol="full,uni20").eval.protocol == ["full", "uni20"]
+    assert configure(resume="two", runs_dir=str(tmp_path), protocol="full,uni20").eval.protocol == ("full", "uni20")
     with pytest.raises(RunError, match="protocol"):
         configure(resume="two", runs_dir=str(tmp_path), protocol="uni20,full")
 
