@@ -2374,6 +2374,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbnb.plots.speak': ('plots.html#speak', 'mbnb/plots.py'),
                             'mbnb.plots.split_word': ('plots.html#split_word', 'mbnb/plots.py'),
                             'mbnb.plots.stages_of': ('plots.html#stages_of', 'mbnb/plots.py'),
+                            'mbnb.plots.standings': ('plots.html#standings', 'mbnb/plots.py'),
                             'mbnb.plots.state_words': ('plots.html#state_words', 'mbnb/plots.py'),
                             'mbnb.plots.static_twin': ('plots.html#static_twin', 'mbnb/plots.py'),
                             'mbnb.plots.suffix_of': ('plots.html#suffix_of', 'mbnb/plots.py'),

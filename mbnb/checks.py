@@ -309,10 +309,10 @@ def check_loss(loss, n_items=200, N=300, D=8):
 
 # %% ../nbs/13_checks.ipynb #cell-25
 FLOORS = {"events": 0, "settings": 0, "toyshop": 0, "layers": 0, "seq2seq": 0, "repeat": 0, "sequences": 1, "graph": 1, "search": 1, "prompts": 1, "items": 1, "ids": 1, "datasets": 1, "models": 2, "losses": 2, "evaluators": 2, "fit": 3, "devices": 3, "runs": 3, "pack": 3,
-          "doctor": 3, "checks": 3, "lint": 3, "zoo": 4, "config": 4, "experiment": 4, "plots": 5, "report": 5, "panel": 5, "writers": 5, "compare": 5, "compare_figures": 5, "compare_panel": 5, "sweep": 5, "cli": 6}
+          "doctor": 3, "checks": 3, "lint": 3, "zoo": 4, "config": 4, "experiment": 4, "plots": 5, "report": 5, "panel": 5, "writers": 5, "compare": 5, "compare_figures": 5, "compare_panel": 5, "sweep": 5, "ablation": 5, "cli": 6}
 BESIDE = {("toyshop", "events"), ("search", "sequences"), ("graph", "sequences"), ("prompts", "search"), ("seq2seq", "events"), ("seq2seq", "layers"), ("prompts", "sequences"), ("datasets", "sequences"), ("datasets", "items"), ("datasets", "ids"), ("ids", "items"), ("items", "sequences"), ("evaluators", "evaluators"), ("doctor", "doctor"), ("checks", "fit"),
           ("config", "zoo"), ("experiment", "zoo"), ("experiment", "config"), ("layers", "layers"), ("losses", "losses"), ("report", "plots"), ("panel", "plots"), ("writers", "plots"), ("compare", "plots"), ("compare", "writers"), ("compare_figures", "plots"), ("compare_figures", "writers"), ("compare_figures", "compare"),
-          ("compare_panel", "writers"), ("compare_panel", "compare"), ("compare_panel", "compare_figures"), ("sweep", "plots"), ("doctor", "runs"), ("pack", "runs"), ("lint", "doctor"), ("lint", "lint"), ("doctor", "checks"), ("doctor", "fit"), ("doctor", "devices"), ("fit", "devices"), ("devices", "runs")}
+          ("compare_panel", "writers"), ("compare_panel", "compare"), ("compare_panel", "compare_figures"), ("sweep", "plots"), ("ablation", "compare"), ("doctor", "runs"), ("pack", "runs"), ("lint", "doctor"), ("lint", "lint"), ("doctor", "checks"), ("doctor", "fit"), ("doctor", "devices"), ("fit", "devices"), ("devices", "runs")}
 
 def imported(path, package):
     "Rooms that a module of the folder `package` imports anywhere in it: {room: line}."

@@ -6,11 +6,11 @@
 __all__ = ['COLORS', 'DASHES', 'LANGS', 'WORDS', 'LOOKS', 'BOX', 'NUMBERS', 'MARKS', 'REASONS', 'STYLE', 'smooth', 'thin',
            'loss_figure', 'monitor', 'best_row', 'shown_rules', 'rules_of', 'metric_figure', 'epoch_table',
            'result_table', 'protocol_tables', 'slice_table', 'config_table', 'result_text', 'runs_table',
-           'verdict_table', 'speak', 'decimate', 'ticks', 'text_width', 'apart', 'number', 'short', 'svg_chart',
-           'Curves', 'curves_of', 'as_run', 'settings', 'part', 'stages_of', 'epoch_frame', 'untrained_loss',
-           'svg_loss', 'svg_metric', 'svg_curves', 'when', 'state_words', 'html_table', 'html_facts', 'html_cards',
-           'fragment', 'run_facts', 'split_word', 'epoch_rows', 'note_words', 'rule_rows', 'suffix_of', 'rules_html',
-           'static_twin', 'cards_page']
+           'verdict_table', 'standings', 'speak', 'decimate', 'ticks', 'text_width', 'apart', 'number', 'short',
+           'svg_chart', 'Curves', 'curves_of', 'as_run', 'settings', 'part', 'stages_of', 'epoch_frame',
+           'untrained_loss', 'svg_loss', 'svg_metric', 'svg_curves', 'when', 'state_words', 'html_table', 'html_facts',
+           'html_cards', 'fragment', 'run_facts', 'split_word', 'epoch_rows', 'note_words', 'rule_rows', 'suffix_of',
+           'rules_html', 'static_twin', 'cards_page']
 
 # %% ../nbs/22_plots.ipynb #cell-2
 import math
@@ -156,6 +156,15 @@ def verdict_table(tests):
     "{label: Verdict} as a table: difference of the run to the rule, its interval, p of the paired permutation test, words."
     rows = [{"against": name, "difference": round(v.difference, 4), "95 %": f"{v.low:.4f} to {v.high:.4f}", "p": round(v.p, 4), "": v.words} for name, v in tests.items()]
     return pd.DataFrame(rows)
+
+def standings(rows, model, beside=("sasrec", "pop", "markov")):
+    """One model in the stored table of a comparison (columns dataset, model, reads, NDCG@10, low, high, runs and, for p, `p pop`, `p markov`): a row a data set, with its interval, its number of runs, the values of `beside` and of the best rule.
+    `=` behind a rule: the model cannot be told from it (p, corrected as in the table, .05 or more)."""
+    def row(data, t):
+        own, others, rule = t[t.model == model].iloc[0], t.set_index("model")["NDCG@10"], t[t.reads == "rule"].nlargest(1, "NDCG@10").iloc[0]
+        mark = lambda other: " =" if own.get(f"p {other}", 0.) >= .05 else ""
+        return {"data": data, model: f"{own['NDCG@10']:.4f}", "95 %": f"{own.low:.4f} to {own.high:.4f}", "seeds": len(own.runs.split())} | {o: f"{others[o]:.4f}{mark(o)}" if o in others else "" for o in beside if o != model} | {"best rule": f"{rule.model} {rule['NDCG@10']:.4f}"}
+    return pd.DataFrame([row(data, t) for data, t in rows.groupby("dataset", sort=False) if model in set(t.model)])
 
 # %% ../nbs/22_plots.ipynb #cell-26
 LANGS = ("en", "zh")
