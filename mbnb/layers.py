@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LOG2_E', 'SCANS', 'SIGMA_SHARES', 'keep_mask', 'Dropout', 'causal_mask', 'Attention',
            'TransformerBlock', 'Cloze', 'cloze', 'to_front', 'right_padded', 'TimeMix', 'scan_loop', 'scan_blocks',
-           'scan_doubling', 'scan_kernel', 'check_scan', 'auto_scan', 'selective_scan', 'Mamba', 'ScanLayer',
-           'flip_old', 'SigmaBlock']
+           'scan_doubling', 'scan_kernel', 'agrees', 'kernel_agrees', 'check_scan', 'auto_scan', 'selective_scan',
+           'Mamba', 'ScanLayer', 'flip_old', 'SigmaBlock']
 
 # %% ../nbs/02_layers.ipynb #cell-2
+import functools
 import importlib.util
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +230,25 @@ def scan_kernel(delta, A, u, B, C):
 
 SCANS = {"loop": scan_loop, "blocks": scan_blocks, "doubling": scan_doubling, "mamba_ssm": scan_kernel}
 
+def agrees(scan, device="cpu", tol=1e-3):
+    "Does a form give what the loop gives, values and gradients to `tol` of the largest, on drawn float32 tensors?"
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    parts = [x.to(device) for x in (F.softplus(draw(2, 33, 8)), -draw(8, 4).exp(), draw(2, 33, 8), draw(2, 33, 4), draw(2, 33, 4))]
+    def found(form):
+        own = [x.clone().requires_grad_() for x in parts]
+        y = form(*own)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), own)]
+    return all((a - b).abs().max() <= tol * b.abs().max() for a, b in zip(found(scan), found(scan_loop)))
+
+@functools.cache
+def kernel_agrees():
+    "Is mamba-ssm here, and does its kernel give what the loop gives on this GPU? Asked once a process."
+    if not importlib.util.find_spec("mamba_ssm"): return False
+    if agrees(scan_kernel, "cuda"): return True
+    warnings.warn("the scan of the installed mamba-ssm differs from the loop's on this GPU; scan='auto' takes blocks", stacklevel=2)
+    return False
+
 def check_scan(form):
     "ValueError for a form that does not exist."
     if form != "auto" and form not in SCANS: raise ValueError(f"scan={form!r}: expected one of 'auto', {', '.join(map(repr, SCANS))}")
@@ -235,7 +256,7 @@ def check_scan(form):
 def auto_scan(cuda):
     "The form for tensors on a CPU or on a GPU."
     if not cuda: return "loop"
-    return "mamba_ssm" if importlib.util.find_spec("mamba_ssm") else "blocks"
+    return "mamba_ssm" if kernel_agrees() else "blocks"
 
 def selective_scan(delta, A, u, B, C, form="auto"):
     "delta, u (B,L,E), A (E,S), B, C (B,L,S) -> y (B,L,E), in float32 at least. All forms give the same; \"auto\" takes the fast one."

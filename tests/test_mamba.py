@@ -1,6 +1,7 @@
 """The selective scan and the models built on it (Mamba4Rec, SIGMA, MBR-Mamba) against slow versions, and the mistakes that they invite."""
 import sys
 import types
+import warnings
 from dataclasses import replace
 
 import polars as pl
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mbnb import datasets
+from mbnb import datasets, layers
 from mbnb.checks import awake, build, check_model, random_batch, widen
 from mbnb.doctor import config as of_config
 from mbnb.events import Events
@@ -158,6 +159,20 @@ def test_kernel_gets_our_layout(monkeypatch):
     y = scan_kernel(parts[0].as_subclass(OnCuda), *parts[1:])
     assert torch.allclose(torch.Tensor(y.as_subclass(torch.Tensor)), slow_scan(*parts)) and seen == [((2, 3, 9), (2, 4, 9))]
     with pytest.raises(ValueError, match="the tensors lie on 'cpu', expected 'cuda'"): scan_kernel(*parts)
+
+
+@pytest.mark.parametrize("factor", [1., 1.01])
+def test_a_kernel_that_differs_is_not_taken(monkeypatch, factor):
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(layers, "scan_kernel", lambda *parts: factor * slow_scan(*parts))
+    agrees = layers.agrees
+    monkeypatch.setattr(layers, "agrees", lambda scan, device: agrees(scan))
+    layers.kernel_agrees.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert layers.auto_scan(cuda=True) == ("mamba_ssm" if factor == 1 else "blocks")
+    assert [("differs from the loop" in str(w.message)) for w in said] == [True] * (factor != 1)
+    layers.kernel_agrees.cache_clear()
 
 
 def test_kernel_missing_is_a_clear_error(monkeypatch):
