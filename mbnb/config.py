@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'check_type', 'check_parameters', 'given_parameters',
-           'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage',
-           'preset_of', 'advised', 'advice_taken', 'make_config', 'enough_candidates', 'data_options', 'check_model']
+           'taken_for_another', 'papermill_command', 'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override',
+           'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'advice_taken', 'make_config',
+           'enough_candidates', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -29,8 +30,9 @@ CHOICES = {"select_on": ("valid", "test"), "precision": ("32", "bf16", "16"), "p
            "seen_filter": ("", "none", "target_behavior", "all_seen")}
 
 def check_type(name, value, like):
-    "`value` as the type of `like`; ConfigError unless it is one (an int may stand for a float)."
+    "`value` as the type of `like`; ConfigError unless it is one (an int may stand for a float, and for a text of digits such as \"32\")."
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool): return float(value)
+    if isinstance(like, str) and like.isdigit() and type(value) is int: return str(value)
     if type(value) is type(like) or (like is None and (value is None or isinstance(value, str))): return value
     if isinstance(like, tuple) and isinstance(value, (list, tuple)):
         if like and all(type(x) is int for x in like) and not all(type(x) is int for x in value): raise ConfigError(f"{name}={value!r}: expected whole numbers (such as {like!r})")
@@ -55,6 +57,21 @@ def given_parameters(names):
             and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/20b_config.ipynb #cell-8
+def taken_for_another(text):
+    "Would `papermill -p` make a number, True, False or None of this text?"
+    try: float(text)
+    except ValueError: return text in ("True", "False", "None")
+    return True
+
+def papermill_command(given, page="nbs/train.ipynb", output="out.ipynb"):
+    "The command line that runs the page with the parameters among `given`, quoted for a shell; defaults are left out."
+    line = ["papermill", page, output]
+    for key, value in given.items():
+        if key not in PARAMETERS or value == PARAMETERS[key]: continue
+        line += ["-r", key, value] if isinstance(value, str) and taken_for_another(value) else ["-p", key, value if isinstance(value, str) else repr(value)]
+    return shlex.join(line)
+
+# %% ../nbs/20b_config.ipynb #cell-12
 SECTIONS = ("model", "loss", "fit", "data", "eval", "doctor")
 
 def parts_of_set(text):
@@ -104,7 +121,7 @@ def override(config, changes, section):
         if name not in valid: raise unknown(f"setting {section}.", name, valid)
     return replace(config, **{k: check_type(f"{section}.{k}", v, getattr(config, k)) for k, v in changes.items()})
 
-# %% ../nbs/20b_config.ipynb #cell-11
+# %% ../nbs/20b_config.ipynb #cell-15
 @dataclass(frozen=True)
 class EvalConfig:
     "How a run is judged."
@@ -148,7 +165,7 @@ class RunConfig:
                 **{f"stage {s.name}": asdict(s) for s in self.stages}, "eval": asdict(self.eval),
                 **({"doctor": own} if (own := {k: v for k, v in self.limits.items() if v != THRESHOLDS[k]} | ({"mute": self.mute} if self.mute else {})) else {})}
 
-# %% ../nbs/20b_config.ipynb #cell-12
+# %% ../nbs/20b_config.ipynb #cell-16
 STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "plateau", "warmup", "optimizer", "weight_decay", "monitor")
 
 def by_stage(given, stages):

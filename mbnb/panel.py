@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'MORE_CHOICES', 'AXES', 'MARKED', 'STEPPED', 'PROBED', 'JUDGED', 'EXTRAS', 'LINES', 'FOLDER',
-           'FACE_ACTIONS', 'comments', 'parameter_help', 'form', 'parameters_of', 'command_line', 'python_lines',
-           'start_preflight', 'read_preflight', 'start_run', 'running_mean', 'step_axis', 'epoch_axis', 'places',
-           'marks_of', 'extra_values', 'stepped', 'probed', 'last_stage', 'monitor_of', 'judged', 'step_charts',
-           'monitor_series', 'slice_series', 'epoch_charts', 'rule_lines', 'rules_of', 'pack', 'chips', 'memory_mb',
-           'strip', 'epoch_rows', 'rule_rows', 'case_rows', 'behaviors_of', 'shown_cards', 'Face', 'TrainPanel',
-           'but_doctor', 'attach']
+           'FACE_ACTIONS', 'comments', 'parameter_help', 'form', 'parameters_of', 'python_lines', 'start_preflight',
+           'read_preflight', 'start_run', 'running_mean', 'step_axis', 'epoch_axis', 'places', 'marks_of',
+           'extra_values', 'stepped', 'probed', 'last_stage', 'monitor_of', 'judged', 'step_charts', 'monitor_series',
+           'slice_series', 'epoch_charts', 'rule_lines', 'rules_of', 'pack', 'chips', 'memory_mb', 'strip',
+           'epoch_rows', 'rule_rows', 'case_rows', 'behaviors_of', 'shown_cards', 'Face', 'TrainPanel', 'but_doctor',
+           'attach']
 
 # %% ../nbs/24_panel.ipynb #cell-2
 import inspect
@@ -35,7 +35,7 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of, set_items
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, papermill_command, preset_of, set_items
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
@@ -101,10 +101,6 @@ def parameters_of(chosen):
             except ValueError: pass                     # configure names the wrong type
         named[name] = value
     return named | ({"set": " ".join(more)} if more else {})
-
-def command_line(parameters):
-    "The papermill command of these parameters, for a shell."
-    return " ".join(["papermill nbs/train.ipynb out.ipynb", *[f"-p {k} {shlex.quote(str(v))}" for k, v in parameters.items()]])
 
 def python_lines(parameters):
     "The same in Python."
@@ -428,8 +424,8 @@ def show(self: TrainPanel):
     view = {"page": self.page, "run": self.run.id if self.run else "", "state": status["state"], "reason": status.get("reason", ""), "runs": self.listed(), "message": self.message,
             "valid": setup and not self.message, "busy": False, "forkable": bool(self.run) and not live and any((self.run.path / "checkpoints").glob("*.json"))}
     if self.run and not setup:
-        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail, first=first_name(self.run.config)), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": command_line(self.ahead).partition("ipynb out.ipynb")[2].strip(),
-                 "command": command_line({k: v for k, v in self.run.config.items() if k in PARAMETERS and v != PARAMETERS[k]})}
+        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail, first=first_name(self.run.config)), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": " ".join(f"{k}={v}" for k, v in self.ahead.items()),
+                 "command": papermill_command({k: v for k, v in self.run.config.items() if k != "run_name"})}
     self.face.view = json.loads(json.dumps(view | checked, default=str).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
     self.picture(status)
 
@@ -480,7 +476,7 @@ def check(self: TrainPanel):
     parameters = parameters_of(self.chosen)
     try: make_config(**parameters)
     except MbnbError as e: self.message = str(e)
-    self.face.form = json.loads(json.dumps({"sections": sections, "command": command_line(parameters), "snippet": python_lines(parameters)}, default=str))
+    self.face.form = json.loads(json.dumps({"sections": sections, "command": papermill_command(parameters), "snippet": python_lines(parameters)}, default=str))
     return {"message": self.message, "valid": not self.message} | self.looked()
 
 def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != "doctor"}
@@ -531,12 +527,11 @@ def _anyway(panel, content):
 def _card(panel, content): return next((c for c in panel.run.cards or [] if c["id"] == content["id"]), {})
 
 def _fix(panel, content):
-    for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead[key] = f"{panel.ahead.get(key, '')} {value}".strip() if key == "set" else value
+    for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead |= dict(set_items(value)) if key == "set" else {key: value}
 
 def _mute(panel, content):
-    ahead = dict(set_items(panel.ahead.get("set", "")))
-    ahead["doctor.mute"] = f"{ahead.get('doctor.mute', '')} {content['id']}".strip()
-    panel.ahead["set"] = " ".join(f"{k}={shlex.quote(v)}" for k, v in ahead.items())
+    muted = panel.ahead.get("doctor.mute", panel.run.config.get("mute", ""))
+    panel.ahead["doctor.mute"] = f"{muted} {content['id']}".strip()
 
 def _resume(panel, content):
     if panel.run.status["state"] == "paused": return send_request(panel.run.path, "resume")
@@ -544,8 +539,7 @@ def _resume(panel, content):
 
 def _fork(panel, content):
     config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in (*LEFT_OUT, "run_name") and v != PARAMETERS[k]}
-    ahead = {k: v for k, v in panel.ahead.items() if k != "set"} | dict(set_items(panel.ahead.get("set", "")))
-    panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | ahead, "setup", {}
+    panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | panel.ahead, "setup", {}
 
 def _stop_now(panel, content):
     pid = panel.run.status.get("pid")
