@@ -51,9 +51,9 @@ def check_parameters(given):
         if p[name] < 0: raise ConfigError(f"{name}={p[name]}: expected 0 (as the preset says) or more")
     return p
 
-def given_parameters(names):
-    "The parameters among a page's global `names`, a mistyped one included: every plain value that is not IPython's own."
-    return {k: v for k, v in names.items() if k[0] != "_" and k not in ("In", "Out", "exit", "quit")
+def given_parameters(names, own=()):
+    "The parameters among a page's global `names`, a mistyped one included: every plain value but IPython's and the page's `own`, the names of its results."
+    return {k: v for k, v in names.items() if k[0] != "_" and k not in ("In", "Out", "exit", "quit", *own)
             and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/20b_config.ipynb #cell-8
