@@ -179,14 +179,15 @@ def preset_of(cls, name, preset):
     if preset not in cls.PRESETS: raise unknown(f"preset of {name}", preset, cls.PRESETS)
     return cls.PRESETS[preset]
 
-def advised(spec, preset, name):
-    "{section: {field: value}} that the data set advises: for the `small` preset unless it says `advised: False`, and for others that say `advised: True`."
-    return parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if preset.get("advised", name == "small") else parse_set("")
+def advised(cls, spec, preset, name):
+    "{section: {field: value}} that the data set advises: for the `small` preset unless it says `advised: False`, and for others that say `advised: True`. A model without dropout takes no advice on it."
+    advice = parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if preset.get("advised", name == "small") else parse_set("")
+    return advice | {"model": {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}}
 
 def advice_taken(config):
     "What the data set advised and the RunConfig has, written as in `set`; '' where it advised nothing, or other values were given."
-    p = config.parameters
-    advice = advised(datasets.find_row(p["dataset"]), preset_of(model_class(p["model"]), p["model"], p["preset"]), p["preset"])
+    p, cls = config.parameters, model_class(config.parameters["model"])
+    advice = advised(cls, datasets.find_row(p["dataset"]), preset_of(cls, p["model"], p["preset"]), p["preset"])
     held = {"model": config.model, "fit": asdict(config.fit) | asdict(config.stages[0])}
     return " ".join(f"{section}.{k}={v!r}" for section, own in held.items() for k, v in advice[section].items() if own.get(k) == v)
 
@@ -195,7 +196,7 @@ def make_config(**parameters):
     p = check_parameters(parameters)
     cls, spec, given = model_class(p["model"]), datasets.find_row(p["dataset"]), parse_set(p["set"])
     preset = preset_of(cls, p["model"], p["preset"])
-    advice = advised(spec, preset, p["preset"])
+    advice = advised(cls, spec, preset, p["preset"])
     loss = p["loss"] or preset["loss"]
     accepted = _losses(cls, given["model"].get("head", "softmax"))
     if loss not in accepted: raise unknown(f"loss for {p['model']}", loss, [n for n in accepted if n in LOSSES])
@@ -207,8 +208,7 @@ def make_config(**parameters):
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     evaluation = enough_candidates(override(evaluation, given["eval"], "eval"))
-    fits = {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}          # a model without dropout takes no advice on it
-    model = check_model(cls, p["model"], fits | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
+    model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
     muted = given["doctor"].pop("mute", "")
     mute([], str(muted))                        # knows the ids

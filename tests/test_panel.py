@@ -188,3 +188,50 @@ def test_a_panel_takes_lists_and_dicts_as_a_run_does(tmp_path):
     text = """data.columns={"user": "uid"} data.names=['a', 'b'] fit.clip=1.0 'fit.optimizer=adam w'"""
     made = parameters_of(TrainPanel(runs_dir=tmp_path, set=text).chosen)
     assert parse_set(made["set"]) == parse_set(text)
+
+
+KEPT = 'fit.epochs=(4,) fit.lr=0.01 eval.seed=5 fit.loss_weights={"main": 1.0} fit.clip=1.0 data.min_user=2'
+
+
+def test_what_the_form_has_no_field_for_is_kept(tmp_path, finished):
+    "A fork trains what its parent was told, and shows it."
+    room_of = tmp_path / "runs"
+    parent = RunFolder.create(room_of, "parent")
+    parent.write_json("config.json", finished.config | {"set": KEPT})
+    parent.close("done", "all epochs done")
+    panel = TrainPanel("parent", room_of)
+    view = ask(panel, "fork")
+    assert view["valid"] and not view["message"]
+    own = parameters_of(panel.chosen)
+    assert parse_set(own["set"]) == parse_set(KEPT) and configure(**own).stages[0].lr == .01
+    shown = {f["name"]: f["value"] for s in panel.face.form["sections"] for f in s["fields"]}
+    assert shown["eval.seed"] == "5" and shown["fit.epochs"] == "(4,)" and shown["fork"] == "parent"
+    assert ask(panel, "set", name="eval.seed", value="")["valid"] and "eval.seed" not in panel.chosen
+
+
+def test_a_new_model_leaves_out_what_it_refuses_and_says_so(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, preset="small", set=f"{KEPT} model.n_heads=1 model.d_model=16")
+    view = ask(panel, "set", name="model", value="gru4rec")
+    assert view["valid"] and view["message"] == "not taken with model=gru4rec, and left out: model.n_heads=1"
+    assert parse_set(parameters_of(panel.chosen)["set"]) == parse_set(f"{KEPT} model.d_model=16")
+    ask(panel, "tick")
+    assert "left out" in panel.face.view["message"], "it stands there until something else is pressed"
+    ask(panel, "set", name="model", value="mmq")
+    assert panel.face.view["message"] == "not taken with model=mmq, and left out: fit.epochs=(4,), model.d_model=16", "it has three stages"
+
+
+@pytest.mark.parametrize("model", ["lightgcn", "mule"])
+@pytest.mark.parametrize("dataset", ["ml-100k", "beauty"])
+def test_advice_that_a_model_does_not_take_does_no_harm(tmp_path, model, dataset):
+    panel = TrainPanel(runs_dir=tmp_path, dataset=dataset)
+    assert ask(panel, "set", name="model", value=model)["valid"]
+
+
+def test_names_that_are_not_there_are_told(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, dataset=str(tmp_path / "gone.csv"), epochs=3)
+    view = ask(panel, "tick")
+    assert not view["valid"] and "gone.csv" in view["message"]
+    assert next(f for f in panel.face.form["sections"][0]["fields"] if f["name"] == "dataset")["value"] == str(tmp_path / "gone.csv")
+    assert ask(panel, "set", name="dataset", value="toyshop-tiny")["valid"] and panel.chosen["epochs"] == 3
+    assert "unknown model 'gru'" in TrainPanel(runs_dir=tmp_path, model="gru").face.view["message"]
+    assert "unknown parameter 'modle'" in TrainPanel(runs_dir=tmp_path, modle="gru").face.view["message"]
