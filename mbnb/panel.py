@@ -40,7 +40,7 @@ from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_c
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
-from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, list_runs, load_run, new_run_id, run_path, runs_folder, send_request
+from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, is_alive, list_runs, load_run, new_run_id, run_path, runs_folder, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
 # %% ../nbs/24_panel.ipynb #cell-5
@@ -570,9 +570,10 @@ def _fork(panel, content):
     panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | panel.ahead, "setup", {}
 
 def _stop_now(panel, content):
-    pid = panel.run.status.get("pid")
-    if panel.state()["state"] == "starting": os.killpg(panel.child.pid, signal.SIGTERM)
-    else: os.kill(pid, signal.SIGKILL)
+    status = panel.state()
+    if status["state"] == "starting": os.killpg(panel.child.pid, signal.SIGTERM)
+    elif is_alive(status): os.kill(status["pid"], signal.SIGKILL)
+    else: raise RunError(f"there is no process to stop: the run is {status['state']} ({status['reason']})")
 
 def _set(panel, content):
     name, value = content["name"], content["value"]

@@ -129,6 +129,28 @@ def test_a_page_that_fails_before_the_run_is_told(tmp_path):
     assert "no-such-set" in panel.face.view["reason"]
 
 
+def test_stop_now_ends_what_is_starting_and_nothing_else(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, **SMALL)
+    ask(panel, "start")
+    assert not (panel.run.path / "status.json").exists() and panel.face.view["state"] == "starting"
+    view = ask(panel, "stop_now")
+    assert not view["message"] and panel.child.wait(timeout=30) != 0
+    time.sleep(2)                                       # for the kernel, if there was one already
+    assert ask(panel, "tick")["state"] == "failed" and not (panel.run.path / "status.json").exists()
+    assert "no process to stop" in ask(panel, "stop_now")["message"]
+
+
+def test_stop_now_leaves_a_process_that_took_the_pid_alone(tmp_path):
+    run = RunFolder.create(tmp_path, "old")
+    run.status("running", "training")
+    with subprocess.Popen(["sleep", "30"]) as other:
+        status = json.loads((run.path / "status.json").read_text())
+        (run.path / "status.json").write_text(json.dumps(status | {"pid": other.pid}))
+        assert "no process to stop" in ask(TrainPanel("old", tmp_path), "stop_now")["message"]
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_jump_of_the_clock_gives_no_negative_time(finished, monkeypatch):
     "F15: what is shown as time left comes from measured durations, not from the wall clock."
     now = time.time()
