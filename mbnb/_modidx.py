@@ -2260,6 +2260,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbnb.panel.TrainPanel.hear': ('panel.html#trainpanel.hear', 'mbnb/panel.py'),
                             'mbnb.panel.TrainPanel.listed': ('panel.html#trainpanel.listed', 'mbnb/panel.py'),
                             'mbnb.panel.TrainPanel.looked': ('panel.html#trainpanel.looked', 'mbnb/panel.py'),
+                            'mbnb.panel.TrainPanel.parameters': ('panel.html#trainpanel.parameters', 'mbnb/panel.py'),
                             'mbnb.panel.TrainPanel.picture': ('panel.html#trainpanel.picture', 'mbnb/panel.py'),
                             'mbnb.panel.TrainPanel.show': ('panel.html#trainpanel.show', 'mbnb/panel.py'),
                             'mbnb.panel.TrainPanel.state': ('panel.html#trainpanel.state', 'mbnb/panel.py'),

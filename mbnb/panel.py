@@ -141,18 +141,18 @@ def form_of(names):
 
 # %% ../nbs/24_panel.ipynb #cell-16
 def start_preflight(parameters):
-    "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the file its cards will stand in)."
-    out = Path(tempfile.mkdtemp(prefix="mbnb-preflight-")) / "cards.json"
+    "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the files without a name that get its cards and its errors)."
+    out, log = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     command = [sys.executable, "-m", "mbnb", "doctor", "--json"]
     for k, v in parameters.items(): command += ["-p", k, str(v)]
-    with open(out, "wb") as file, open(out.with_suffix(".log"), "wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=log, start_new_session=True), out
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True), out, log
 
-def read_preflight(process, out):
+def read_preflight(process, out, log):
     "-> (cards, message): None while it looks; the message says why it could not."
     if process.poll() is None: return None, ""
-    try: return json.loads(out.read_text()), ""
-    except ValueError: return [], ([line for line in out.with_suffix(".log").read_text(errors="replace").splitlines() if line.strip()] or ["the preflight ended without a word"])[-1]
+    said, errors = (file.seek(0) or file.read().decode(errors="replace") for file in (out, log))
+    try: return json.loads(said), ""
+    except ValueError: return [], ([line for line in errors.splitlines() if line.strip()] or ["the preflight ended without a word"])[-1]
 
 def start_run(parameters):
     "Start papermill on the entry page with these parameters; -> (folder of the run, the process). What papermill says goes to papermill.log there."
@@ -502,11 +502,16 @@ def check(self: TrainPanel):
     for f in (f for s in sections for f in s["fields"] if f["name"] in self.chosen):
         f["value"], f["set"] = self.chosen[f["name"]], True
         if f["choices"] and f["value"] not in f["choices"]: f["choices"].append(f["value"])
-    parameters, wrong = parameters_of(self.chosen), refusal(self.chosen)
+    parameters, wrong = self.parameters(), refusal(self.chosen)
     self.face.form = json.loads(json.dumps({"sections": sections, "command": papermill_command(parameters), "snippet": python_lines(parameters)}, default=str))
     looked = self.looked()
     said = dict.fromkeys([self.message, wrong, looked.pop("message", "")])
     return {"message": "; ".join(filter(None, said)), "valid": not wrong} | looked
+
+@patch
+def parameters(self: TrainPanel):
+    "The form as parameters of `nbs/train.ipynb`, with the folder of runs that the panel looks at."
+    return parameters_of(self.chosen) | ({} if self.runs_dir == runs_folder(PARAMETERS["runs_dir"]) else {"runs_dir": str(self.runs_dir)})
 
 def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != "doctor"}
 
@@ -514,8 +519,8 @@ def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != 
 def looked(self: TrainPanel):
     "What the preflight of the form as it stands says: {checking, checked, cards, blocked}; an E card blocks the start until it is to run anyway."
     p = self.preflight
-    if not p or p["parameters"] != but_doctor(parameters_of(self.chosen)): return {"checking": False, "checked": False, "cards": [], "blocked": False, "anyway": False}
-    if p.get("cards") is None: p["cards"], p["message"] = read_preflight(p["process"], p["out"])
+    if not p or p["parameters"] != but_doctor(self.parameters()): return {"checking": False, "checked": False, "cards": [], "blocked": False, "anyway": False}
+    if p.get("cards") is None: p["cards"], p["message"] = read_preflight(*p["started"])
     cards, anyway = shown_cards(p["cards"]), self.chosen.get("doctor") == "warn"
     error = any(c["severity"] == "E" and not c.get("muted") for c in cards)
     return {"checking": p["cards"] is None, "checked": bool(p["cards"]), "cards": cards, "blocked": error and not anyway, "error": error, "anyway": anyway, "message": p["message"]}
@@ -538,15 +543,12 @@ def _begin(panel, parameters):
     panel.run, panel.tail, panel.page, panel._drawn = Run(folder), Tail(folder), "run", None
 
 def _start(panel, content):
-    parameters = parameters_of(panel.chosen)
-    make_config(**parameters)
-    _begin(panel, parameters | {"runs_dir": str(panel.runs_dir)})
+    make_config(**parameters_of(panel.chosen))
+    _begin(panel, panel.parameters())
 
 def _preflight(panel, content):
-    parameters = parameters_of(panel.chosen)
-    make_config(**parameters)
-    process, out = start_preflight(parameters)
-    panel.preflight = {"process": process, "out": out, "parameters": but_doctor(parameters), "cards": None, "message": ""}
+    make_config(**parameters_of(panel.chosen))
+    panel.preflight = {"started": start_preflight(panel.parameters()), "parameters": but_doctor(panel.parameters()), "cards": None, "message": ""}
 
 def _anyway(panel, content):
     if content["value"]: panel.chosen["doctor"] = "warn"

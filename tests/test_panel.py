@@ -249,6 +249,19 @@ def test_advice_that_a_model_does_not_take_does_no_harm(tmp_path, model, dataset
     assert ask(panel, "set", name="model", value=model)["valid"]
 
 
+def test_the_preflight_of_a_fork_finds_its_parent(tmp_path, finished, monkeypatch):
+    "In the panel's folder of runs, which the command names as well; nothing of it stays behind."
+    monkeypatch.setattr(room.tempfile, "tempdir", str(tmp_path))
+    panel = TrainPanel("first", finished.path.parent)
+    ask(panel, "fork")
+    assert f"-p runs_dir {finished.path.parent}" in panel.face.form["command"]
+    ask(panel, "preflight")
+    wait(lambda: not ask(panel, "tick")["checking"])
+    view = panel.face.view
+    assert view["checked"] and not view["message"] and not view["blocked"] and not list(tmp_path.iterdir())
+    assert "runs_dir" not in TrainPanel(dataset="toyshop-tiny").face.form["command"], "the page's own folder needs no name"
+
+
 def test_names_that_are_not_there_are_told(tmp_path):
     panel = TrainPanel(runs_dir=tmp_path, dataset=str(tmp_path / "gone.csv"), epochs=3)
     view = ask(panel, "tick")
