@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbnb.config.preset_of': ('config.html#preset_of', 'mbnb/config.py'),
                              'mbnb.config.read_value': ('config.html#read_value', 'mbnb/config.py'),
                              'mbnb.config.set_items': ('config.html#set_items', 'mbnb/config.py'),
+                             'mbnb.config.set_once': ('config.html#set_once', 'mbnb/config.py'),
                              'mbnb.config.taken_for_another': ('config.html#taken_for_another', 'mbnb/config.py')},
             'mbnb.datasets': { 'mbnb.datasets.DataSpec': ('datasets.html#dataspec', 'mbnb/datasets.py'),
                                'mbnb.datasets.Source': ('datasets.html#source', 'mbnb/datasets.py'),

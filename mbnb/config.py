@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'check_type', 'check_parameters', 'given_parameters',
-           'taken_for_another', 'papermill_command', 'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override',
-           'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'advice_taken', 'make_config',
+           'taken_for_another', 'papermill_command', 'parts_of_set', 'set_items', 'read_value', 'set_once', 'parse_set',
+           'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'advice_taken', 'make_config',
            'enough_candidates', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
@@ -105,20 +105,28 @@ def read_value(key, text):
     if text[:1] in ("[", "{"): raise ConfigError(f"set: {key}={text} is neither a list nor a dict; names stand in quotes, as in data.columns={{'user': 'uid'}}, and the whole of it in those of the shell")
     return text
 
+def set_once(text):
+    "The parts of a `set` as {section.field: value as text}; ConfigError for a key that is given twice."
+    found = {}
+    for key, value in set_items(text):
+        if key in found: raise ConfigError(f"set: {key} is given twice, as {found[key]!r} and as {value!r}; give it once")
+        found[key] = value
+    return found
+
 def parse_set(text):
     "\"model.d_model=128 fit.clip=1.0\" -> {section: {field: value}}."
     found = {s: {} for s in SECTIONS}
-    for key, value in set_items(text):
+    for key, value in set_once(text).items():
         section, _, name = key.partition(".")
         if section not in SECTIONS: raise unknown("section of set", section, SECTIONS)
         found[section][name] = read_value(key, value)
     return found
 
-def override(config, changes, section):
-    "The dataclass `config` with `changes`; ConfigError names an unknown field, the nearest one and all of them, or a wrong type."
+def override(config, changes, section, beside=()):
+    "The dataclass `config` with `changes`; ConfigError names an unknown field, the nearest one and all of them, those that stand `beside` it in its section too, or a wrong type."
     valid = [f.name for f in fields(config)]
     for name in changes:
-        if name not in valid: raise unknown(f"setting {section}.", name, valid)
+        if name not in valid: raise unknown(f"setting {section}.", name, [*beside, *valid])
     return replace(config, **{k: check_type(f"{section}.{k}", v, getattr(config, k)) for k, v in changes.items()})
 
 # %% ../nbs/20b_config.ipynb #cell-15
@@ -166,7 +174,7 @@ class RunConfig:
                 **({"doctor": own} if (own := {k: v for k, v in self.limits.items() if v != THRESHOLDS[k]} | ({"mute": self.mute} if self.mute else {})) else {})}
 
 # %% ../nbs/20b_config.ipynb #cell-16
-STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "plateau", "warmup", "optimizer", "weight_decay", "monitor")
+STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "plateau", "warmup", "optimizer", "weight_decay", "beta2", "monitor")
 
 def by_stage(given, stages):
     "Settings of stages, each for all of them or a tuple with a value for each -> [{setting: value}], one a stage."
@@ -204,7 +212,7 @@ def make_config(**parameters):
     loss_config = asdict(override(loss_class(loss)(), of_loss, "loss"))
     wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
     of_stages, weights = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}, check_type("fit.loss_weights", wanted.pop("loss_weights", {}), {})
-    fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
+    fit_config = override(FitConfig(), preset["fit"] | wanted, "fit", (*STAGE_KEYS, "loss_weights"))
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     evaluation = enough_candidates(override(evaluation, given["eval"], "eval"))

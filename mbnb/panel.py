@@ -36,7 +36,7 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, papermill_command, preset_of, set_items
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, papermill_command, preset_of, set_items, set_once
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
@@ -404,7 +404,7 @@ class TrainPanel:
         self.runs_dir, self.run, self.tail, self.child, self.message, self.page = runs_folder(runs_dir), None, None, None, "", "setup"
         self.axis, self.extra, self.twin, self._twin_of, self._listed, self._best = AXES[0], EXTRAS[0], None, None, (0., []), {}
         self._drawn, self.preflight, self.ahead = None, {}, {}
-        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(set_items(parameters.get("set", "")))
+        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | set_once(parameters.get("set", ""))
         self.face = Face(panel_id=os.urandom(6).hex())
         self.face.on_msg(lambda _, content, buffers: self.hear(content))
         live = [r["id"] for r in self.listed() if r["state"] in LIVE]
