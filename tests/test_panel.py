@@ -231,6 +231,22 @@ def test_what_the_form_has_no_field_for_is_kept(tmp_path, finished):
     assert ask(panel, "set", name="eval.seed", value="")["valid"] and "eval.seed" not in panel.chosen
 
 
+def test_what_the_doctor_advises_goes_into_the_next_fork(tmp_path, finished):
+    parent = RunFolder.create(tmp_path, "parent")
+    parent.write_json("config.json", finished.config | {"set": "doctor.mute=C03 fit.clip=1.0", "mute": "C03", "run_name": "parent"})
+    card = {"severity": "W", "message": "", "title": "", "fix": "", "why": "", "evidence": ""}
+    patches = {"C05": {"set": "fit.min_delta=0.0", "patience": 2}, "C08": {"select_on": "valid"}}
+    parent.write_json("doctor.json", [card | {"id": k, "patch": patch} for k, patch in patches.items()])
+    parent.close("done", "all epochs done")
+    panel = TrainPanel("parent", tmp_path)
+    assert "run_name" not in panel.face.view["command"], "that folder is taken"
+    for action, id in (("fix", "C05"), ("fix", "C05"), ("fix", "C08"), ("mute", "D09")): view = ask(panel, action, id=id)
+    assert view["ahead"] == "fit.min_delta=0.0 patience=2 select_on=valid doctor.mute=C03 D09"
+    assert ask(panel, "fork")["valid"]
+    own = parameters_of(panel.chosen)
+    assert own["patience"] == 2 and configure(**own).mute == "C03 D09" and configure(**own).fit.clip == 1.
+
+
 def test_a_new_model_leaves_out_what_it_refuses_and_says_so(tmp_path):
     panel = TrainPanel(runs_dir=tmp_path, preset="small", set=f"{KEPT} model.n_heads=1 model.d_model=16")
     view = ask(panel, "set", name="model", value="gru4rec")
