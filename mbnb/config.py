@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'CHOICES', 'SECTIONS', 'STAGE_KEYS', 'check_type', 'check_parameters', 'given_parameters',
-           'parts_of_set', 'set_items', 'read_value', 'parse_set', 'override', 'EvalConfig', 'RunConfig', 'by_stage',
-           'preset_of', 'advised', 'advice_taken', 'make_config', 'enough_candidates', 'data_options', 'check_model']
+           'taken_for_another', 'papermill_command', 'parts_of_set', 'set_items', 'read_value', 'set_once', 'parse_set',
+           'override', 'EvalConfig', 'RunConfig', 'by_stage', 'preset_of', 'advised', 'advice_taken', 'make_config',
+           'enough_candidates', 'data_options', 'check_model']
 
 # %% ../nbs/20b_config.ipynb #cell-2
 import ast
@@ -29,8 +30,9 @@ CHOICES = {"select_on": ("valid", "test"), "precision": ("32", "bf16", "16"), "p
            "seen_filter": ("", "none", "target_behavior", "all_seen")}
 
 def check_type(name, value, like):
-    "`value` as the type of `like`; ConfigError unless it is one (an int may stand for a float)."
+    "`value` as the type of `like`; ConfigError unless it is one (an int may stand for a float, and for a text of digits such as \"32\")."
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool): return float(value)
+    if isinstance(like, str) and like.isdigit() and type(value) is int: return str(value)
     if type(value) is type(like) or (like is None and (value is None or isinstance(value, str))): return value
     if isinstance(like, tuple) and isinstance(value, (list, tuple)):
         if like and all(type(x) is int for x in like) and not all(type(x) is int for x in value): raise ConfigError(f"{name}={value!r}: expected whole numbers (such as {like!r})")
@@ -49,12 +51,27 @@ def check_parameters(given):
         if p[name] < 0: raise ConfigError(f"{name}={p[name]}: expected 0 (as the preset says) or more")
     return p
 
-def given_parameters(names):
-    "The parameters among a page's global `names`, a mistyped one included: every plain value that is not IPython's own."
-    return {k: v for k, v in names.items() if k[0] != "_" and k not in ("In", "Out", "exit", "quit")
+def given_parameters(names, own=()):
+    "The parameters among a page's global `names`, a mistyped one included: every plain value but IPython's and the page's `own`, the names of its results."
+    return {k: v for k, v in names.items() if k[0] != "_" and k not in ("In", "Out", "exit", "quit", *own)
             and (v is None or isinstance(v, (bool, int, float, str, list, dict)))}
 
 # %% ../nbs/20b_config.ipynb #cell-8
+def taken_for_another(text):
+    "Would `papermill -p` make a number, True, False or None of this text?"
+    try: float(text)
+    except ValueError: return text in ("True", "False", "None")
+    return True
+
+def papermill_command(given, page="nbs/train.ipynb", output="out.ipynb"):
+    "The command line that runs the page with the parameters among `given`, quoted for a shell; defaults are left out."
+    line = ["papermill", page, output]
+    for key, value in given.items():
+        if key not in PARAMETERS or value == PARAMETERS[key]: continue
+        line += ["-r", key, value] if isinstance(value, str) and taken_for_another(value) else ["-p", key, value if isinstance(value, str) else repr(value)]
+    return shlex.join(line)
+
+# %% ../nbs/20b_config.ipynb #cell-12
 SECTIONS = ("model", "loss", "fit", "data", "eval", "doctor")
 
 def parts_of_set(text):
@@ -88,23 +105,31 @@ def read_value(key, text):
     if text[:1] in ("[", "{"): raise ConfigError(f"set: {key}={text} is neither a list nor a dict; names stand in quotes, as in data.columns={{'user': 'uid'}}, and the whole of it in those of the shell")
     return text
 
+def set_once(text):
+    "The parts of a `set` as {section.field: value as text}; ConfigError for a key that is given twice."
+    found = {}
+    for key, value in set_items(text):
+        if key in found: raise ConfigError(f"set: {key} is given twice, as {found[key]!r} and as {value!r}; give it once")
+        found[key] = value
+    return found
+
 def parse_set(text):
     "\"model.d_model=128 fit.clip=1.0\" -> {section: {field: value}}."
     found = {s: {} for s in SECTIONS}
-    for key, value in set_items(text):
+    for key, value in set_once(text).items():
         section, _, name = key.partition(".")
         if section not in SECTIONS: raise unknown("section of set", section, SECTIONS)
         found[section][name] = read_value(key, value)
     return found
 
-def override(config, changes, section):
-    "The dataclass `config` with `changes`; ConfigError names an unknown field, the nearest one and all of them, or a wrong type."
+def override(config, changes, section, beside=()):
+    "The dataclass `config` with `changes`; ConfigError names an unknown field, the nearest one and all of them, those that stand `beside` it in its section too, or a wrong type."
     valid = [f.name for f in fields(config)]
     for name in changes:
-        if name not in valid: raise unknown(f"setting {section}.", name, valid)
+        if name not in valid: raise unknown(f"setting {section}.", name, [*beside, *valid])
     return replace(config, **{k: check_type(f"{section}.{k}", v, getattr(config, k)) for k, v in changes.items()})
 
-# %% ../nbs/20b_config.ipynb #cell-11
+# %% ../nbs/20b_config.ipynb #cell-15
 @dataclass(frozen=True)
 class EvalConfig:
     "How a run is judged."
@@ -148,8 +173,8 @@ class RunConfig:
                 **{f"stage {s.name}": asdict(s) for s in self.stages}, "eval": asdict(self.eval),
                 **({"doctor": own} if (own := {k: v for k, v in self.limits.items() if v != THRESHOLDS[k]} | ({"mute": self.mute} if self.mute else {})) else {})}
 
-# %% ../nbs/20b_config.ipynb #cell-12
-STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "plateau", "warmup", "optimizer", "weight_decay", "monitor")
+# %% ../nbs/20b_config.ipynb #cell-16
+STAGE_KEYS = ("epochs", "patience", "lr", "schedule", "plateau", "warmup", "optimizer", "weight_decay", "beta2", "monitor")
 
 def by_stage(given, stages):
     "Settings of stages, each for all of them or a tuple with a value for each -> [{setting: value}], one a stage."
@@ -162,14 +187,15 @@ def preset_of(cls, name, preset):
     if preset not in cls.PRESETS: raise unknown(f"preset of {name}", preset, cls.PRESETS)
     return cls.PRESETS[preset]
 
-def advised(spec, preset, name):
-    "{section: {field: value}} that the data set advises: for the `small` preset unless it says `advised: False`, and for others that say `advised: True`."
-    return parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if preset.get("advised", name == "small") else parse_set("")
+def advised(cls, spec, preset, name):
+    "{section: {field: value}} that the data set advises: for the `small` preset unless it says `advised: False`, and for others that say `advised: True`. A model without dropout takes no advice on it."
+    advice = parse_set(" ".join(f"{k}={v!r}" for k, v in spec.advice.items())) if preset.get("advised", name == "small") else parse_set("")
+    return advice | {"model": {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}}
 
 def advice_taken(config):
     "What the data set advised and the RunConfig has, written as in `set`; '' where it advised nothing, or other values were given."
-    p = config.parameters
-    advice = advised(datasets.find_row(p["dataset"]), preset_of(model_class(p["model"]), p["model"], p["preset"]), p["preset"])
+    p, cls = config.parameters, model_class(config.parameters["model"])
+    advice = advised(cls, datasets.find_row(p["dataset"]), preset_of(cls, p["model"], p["preset"]), p["preset"])
     held = {"model": config.model, "fit": asdict(config.fit) | asdict(config.stages[0])}
     return " ".join(f"{section}.{k}={v!r}" for section, own in held.items() for k, v in advice[section].items() if own.get(k) == v)
 
@@ -178,7 +204,7 @@ def make_config(**parameters):
     p = check_parameters(parameters)
     cls, spec, given = model_class(p["model"]), datasets.find_row(p["dataset"]), parse_set(p["set"])
     preset = preset_of(cls, p["model"], p["preset"])
-    advice = advised(spec, preset, p["preset"])
+    advice = advised(cls, spec, preset, p["preset"])
     loss = p["loss"] or preset["loss"]
     accepted = _losses(cls, given["model"].get("head", "softmax"))
     if loss not in accepted: raise unknown(f"loss for {p['model']}", loss, [n for n in accepted if n in LOSSES])
@@ -186,12 +212,11 @@ def make_config(**parameters):
     loss_config = asdict(override(loss_class(loss)(), of_loss, "loss"))
     wanted = advice["fit"] | {k: p[k] for k in ("batch_size", "epochs", "patience", "lr") if p[k]} | {k: p[k] for k in ("seed", "precision", "devices")} | given["fit"]
     of_stages, weights = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}, check_type("fit.loss_weights", wanted.pop("loss_weights", {}), {})
-    fit_config = override(FitConfig(), preset["fit"] | wanted, "fit")
+    fit_config = override(FitConfig(), preset["fit"] | wanted, "fit", (*STAGE_KEYS, "loss_weights"))
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     evaluation = enough_candidates(override(evaluation, given["eval"], "eval"))
-    fits = {k: v for k, v in advice["model"].items() if k in {f.name for f in fields(cls.Config)}}          # a model without dropout takes no advice on it
-    model = check_model(cls, p["model"], fits | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
+    model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
     sides = {k: str(given["data"].pop(k)) for k in datasets.SIDE_OPTIONS if k in given["data"]}
     muted = given["doctor"].pop("mute", "")
     mute([], str(muted))                        # knows the ids

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'MORE_CHOICES', 'AXES', 'MARKED', 'STEPPED', 'PROBED', 'JUDGED', 'EXTRAS', 'LINES', 'FOLDER',
-           'FACE_ACTIONS', 'comments', 'parameter_help', 'form', 'parameters_of', 'command_line', 'python_lines',
-           'start_preflight', 'read_preflight', 'start_run', 'running_mean', 'step_axis', 'epoch_axis', 'places',
-           'marks_of', 'extra_values', 'stepped', 'probed', 'last_stage', 'monitor_of', 'judged', 'step_charts',
-           'monitor_series', 'slice_series', 'epoch_charts', 'rule_lines', 'rules_of', 'pack', 'chips', 'memory_mb',
-           'strip', 'epoch_rows', 'rule_rows', 'case_rows', 'behaviors_of', 'shown_cards', 'Face', 'TrainPanel',
-           'but_doctor', 'attach']
+           'FACE_ACTIONS', 'comments', 'comments_of', 'parameter_help', 'form', 'parameters_of', 'python_lines',
+           'refusal', 'outdated', 'form_of', 'start_preflight', 'read_preflight', 'start_run', 'running_mean',
+           'step_axis', 'epoch_axis', 'places', 'marks_of', 'extra_values', 'stepped', 'probed', 'last_stage',
+           'monitor_of', 'judged', 'step_charts', 'monitor_series', 'slice_series', 'epoch_charts', 'rule_lines',
+           'rules_of', 'pack', 'chips', 'memory_mb', 'strip', 'epoch_rows', 'rule_rows', 'case_rows', 'behaviors_of',
+           'shown_cards', 'Face', 'TrainPanel', 'but_doctor', 'attach']
 
 # %% ../nbs/24_panel.ipynb #cell-2
 import inspect
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 
 import anywidget
@@ -35,11 +36,11 @@ from scipy.signal import lfilter
 
 from .datasets import find_row, names as data_names
 from .events import MbnbError
-from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, preset_of, set_items
+from .config import CHOICES, PARAMETERS, STAGE_KEYS, EvalConfig, advised, make_config, papermill_command, preset_of, set_items, set_once
 from .experiment import clock_text
 from .fit import SCHEDULES, FitConfig, Stage
 from .plots import decimate, shown_rules, static_twin, untrained_loss
-from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, list_runs, load_run, new_run_id, run_path, runs_folder, send_request
+from .runs import LIVE, Run, RunError, Tail, entry_notebooks, first_name, is_alive, list_runs, load_run, new_run_id, run_path, runs_folder, send_request
 from .zoo import LOSSES, MODELS, loss_class, model_class
 
 # %% ../nbs/24_panel.ipynb #cell-5
@@ -50,6 +51,11 @@ _COMMENT = re.compile(r"^\s*(\w+)\s*:[^#]*#\s*(.*)$")
 def comments(text):
     "{name: comment} of lines such as `clip: float = 0.  # largest norm`."
     return dict(m.groups() for m in map(_COMMENT.match, text.splitlines()) if m)
+
+@cache
+def comments_of(cls):
+    "{field: comment} of a config class; kept, since the form is made anew with every look at it."
+    return comments(inspect.getsource(cls))
 
 def parameter_help():
     "{parameter: comment} of the entry page."
@@ -62,8 +68,7 @@ def _field(name, value, help, choices=None):
 
 def _of_dataclass(section, cls, values, leave=()):
     "Form fields of a config class at `values`."
-    help = comments(inspect.getsource(cls))
-    return [_field(f"{section}.{f.name}", values[f.name], help.get(f.name), MORE_CHOICES.get(f.name)) for f in fields(cls) if f.name in values and f.name not in leave]
+    return [_field(f"{section}.{f.name}", values[f.name], comments_of(cls).get(f.name), MORE_CHOICES.get(f.name)) for f in fields(cls) if f.name in values and f.name not in leave]
 
 # %% ../nbs/24_panel.ipynb #cell-7
 def _defaults(cls): return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
@@ -74,13 +79,12 @@ def form(model="sasrec", preset="small", dataset="toyshop", loss=""):
     chosen = preset_of(cls, model, preset)
     make = cls.Config if preset == "published" else getattr(cls.Config, preset)
     sizes = [f.name for f in fields(cls.Config) if f.default is MISSING]
-    advice = advised(find_row(dataset), chosen, preset)
+    advice = advised(cls, find_row(dataset), chosen, preset)
     config, stage = replace(make(**dict.fromkeys(sizes, 10)), **advice["model"]), chosen["stages"][0] | {k: v for k, v in advice["fit"].items() if k in STAGE_KEYS}
     choices = CHOICES | {"model": list(MODELS), "preset": list(cls.PRESETS), "dataset": list(data_names()), "loss": ["", *[n for n in cls.losses if n in LOSSES]]}
     help = parameter_help()
     run = [_field(k, v, help.get(k), choices.get(k)) for k, v in PARAMETERS.items() if k not in LEFT_OUT]
     for f in run: f["value"] = {"model": model, "preset": preset, "dataset": dataset, "loss": loss}.get(f["name"], f["value"])
-    if dataset not in choices["dataset"]: next(f for f in run if f["name"] == "dataset")["choices"].append(dataset)
     named = loss or chosen["loss"]
     stages = _defaults(Stage) | stage
     return [{"title": "run", "fields": run}, {"title": f"model {model}", "fields": _of_dataclass("model", cls.Config, {f.name: getattr(config, f.name) for f in fields(config)}, sizes)},
@@ -95,35 +99,60 @@ def parameters_of(chosen):
     named, more = {}, []
     for name, value in chosen.items():
         if "." in name: more.append(f"{name}={shlex.quote(str(value))}"); continue
-        like = PARAMETERS[name]
+        like = PARAMETERS.get(name, "")                     # configure names an unknown one
         if isinstance(value, str) and not isinstance(like, str):
             try: value = type(like)(value)
             except ValueError: pass                     # configure names the wrong type
         named[name] = value
     return named | ({"set": " ".join(more)} if more else {})
 
-def command_line(parameters):
-    "The papermill command of these parameters, for a shell."
-    return " ".join(["papermill nbs/train.ipynb out.ipynb", *[f"-p {k} {shlex.quote(str(v))}" for k, v in parameters.items()]])
-
 def python_lines(parameters):
     "The same in Python."
     return "from mbnb.experiment import configure, run_experiment\nrun_experiment(configure(" + ", ".join(f"{k}={v!r}" for k, v in parameters.items()) + "))"
 
 # %% ../nbs/24_panel.ipynb #cell-13
+def refusal(chosen):
+    "What is wrong with the form, in the words of the error; \"\" where a run could begin."
+    try: make_config(**parameters_of(chosen))
+    except MbnbError as e: return str(e)
+    return ""
+
+def outdated(chosen, new):
+    "The names in the form that its `new` choice (of model, preset or loss) refuses."
+    first = {k: chosen[k] for k in ("model", new) if k in chosen}
+    rest = {k: v for k, v in chosen.items() if k.startswith(("preset", "loss", "model.", "fit.")) and k not in first}
+    if refusal(first) or not refusal(first | rest): return []
+    out = []
+    for k, v in rest.items():
+        if refusal(first | {k: v}): out.append(k)
+        else: first[k] = v
+    return out
+
+def form_of(names):
+    "`form` of {model, preset, dataset, loss} as far as there is one; what it refuses stays as the page has it."
+    try: return form(**names)
+    except MbnbError: pass
+    known = {}
+    for name in ("dataset", "model", "preset", "loss"):
+        try: form(**known | {name: names[name]})
+        except MbnbError: continue
+        known[name] = names[name]
+    return form(**known)
+
+# %% ../nbs/24_panel.ipynb #cell-16
 def start_preflight(parameters):
-    "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the file its cards will stand in)."
-    out = Path(tempfile.mkdtemp(prefix="mbnb-preflight-")) / "cards.json"
+    "Start `mbnb doctor` on these parameters in a process of its own; -> (the process, the files without a name that get its cards and its errors)."
+    out, log = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     command = [sys.executable, "-m", "mbnb", "doctor", "--json"]
     for k, v in parameters.items(): command += ["-p", k, str(v)]
-    with open(out, "wb") as file, open(out.with_suffix(".log"), "wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=log, start_new_session=True), out
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True), out, log
 
-def read_preflight(process, out):
+def read_preflight(process, out, log):
     "-> (cards, message): None while it looks; the message says why it could not."
     if process.poll() is None: return None, ""
-    try: return json.loads(out.read_text()), ""
-    except ValueError: return [], ([line for line in out.with_suffix(".log").read_text(errors="replace").splitlines() if line.strip()] or ["the preflight ended without a word"])[-1]
+    said, errors = (file.seek(0) or file.read().decode(errors="replace") for file in (out, log))
+    try: return json.loads(said), ""
+    except ValueError: return [], ([line for line in errors.splitlines() if line.strip()] or ["the preflight ended without a word"])[-1]
 
 def start_run(parameters):
     "Start papermill on the entry page with these parameters; -> (folder of the run, the process). What papermill says goes to papermill.log there."
@@ -138,7 +167,7 @@ def start_run(parameters):
     with open(folder / "papermill.log", "ab") as log: child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     return folder, child
 
-# %% ../nbs/24_panel.ipynb #cell-15
+# %% ../nbs/24_panel.ipynb #cell-18
 def running_mean(values, weight):
     "Exponential running mean of (N,), free of a bias towards its start; not-finite values do not count."
     fine = np.isfinite(values)
@@ -165,7 +194,7 @@ def epoch_axis(tail, axis):
     at = np.searchsorted(times, [r["time"] for r in tail.of("epoch")], side="right")
     return np.r_[0., x][at]
 
-# %% ../nbs/24_panel.ipynb #cell-18
+# %% ../nbs/24_panel.ipynb #cell-21
 def _chart(id, title, x_name, x, series, empty, bands=(), marks=(), choices=None):
     "series: [(name, values, color, width, dash, with points)]; a color below 0 is grey."
     names, ys, colors, widths, dashes, points = (list(c) for c in zip(*series)) if series else ([], [], [], [], [], [])
@@ -184,7 +213,7 @@ def marks_of(tail, axis):
     bad = np.flatnonzero(~np.isfinite(tail.steps["loss"]))[:1]
     return [{"x": float(x), "text": MARKED[r["action"]]} for x, r in zip(places(tail, axis, control), control)] + [{"x": float(x), "text": "not finite"} for x in step_axis(tail.steps, axis)[bad]]
 
-# %% ../nbs/24_panel.ipynb #cell-21
+# %% ../nbs/24_panel.ipynb #cell-24
 STEPPED = {"learning rate": "lr", "gradient norm": "grad_norm", "seconds a step": "seconds", "waiting for data, %": "wait"}
 PROBED = {"update ratio": "update", "gradient by term": "gradient", "different items in top 10": "items"}
 JUDGED = {"parts of the model": "parts", "inside the model": "inside"}
@@ -223,7 +252,7 @@ def judged(tail, axis, name):
     rows = [{k: v[metric] for k, v in r["parts"].items()} if name.startswith("parts") else r["inside"] for r in epochs]
     return places(tail, axis, epochs), [(k, np.array([r.get(k, np.nan) for r in rows], float), i, 1.5, i, True) for i, k in enumerate(list(dict.fromkeys(k for r in rows for k in r))[:7])]
 
-# %% ../nbs/24_panel.ipynb #cell-23
+# %% ../nbs/24_panel.ipynb #cell-26
 def step_charts(tail, axis, smoothing, extra, at_init=None):
     "The charts of the steps: loss, and one that can be chosen. `at_init`: what the loss of an untrained model is."
     x, loss = step_axis(tail.steps, axis), tail.steps["loss"]
@@ -234,7 +263,7 @@ def step_charts(tail, axis, smoothing, extra, at_init=None):
     return [_chart("loss", "training loss", axis, x[keep], series, "no step yet", marks=marks_of(tail, axis)),
             _chart("extra", extra, axis, at, chosen, f"no {extra} in this run", marks=marks_of(tail, axis), choices=list(EXTRAS))]
 
-# %% ../nbs/24_panel.ipynb #cell-26
+# %% ../nbs/24_panel.ipynb #cell-29
 def monitor_series(tail, value, error, best_before=None):
     "The monitor with its band, its best epoch, and lines for rules and the best earlier run."
     flat = lambda v: np.full(len(value), v)
@@ -255,7 +284,7 @@ def epoch_charts(tail, axis, best_before=None):
     return [_chart("monitor", f"validation {monitor_of(tail)}", axis, x, monitor_series(tail, value, error, best_before), "the first evaluation is under way", bands=[(1, 2)]),
             _chart("slices", f"{monitor_of(tail)}: repeats and novel targets", axis, x if apart else x[:0], apart, "fewer than 30 repeats and fewer than 30 novel targets")]
 
-# %% ../nbs/24_panel.ipynb #cell-27
+# %% ../nbs/24_panel.ipynb #cell-30
 LINES = ("oracle", "copy", "markov", "pop")
 
 def rule_lines(tail):
@@ -265,7 +294,7 @@ def rule_lines(tail):
 
 def rules_of(tail): return tail.of("rules")[-1]["table"] if tail.of("rules") else {}
 
-# %% ../nbs/24_panel.ipynb #cell-30
+# %% ../nbs/24_panel.ipynb #cell-33
 def pack(charts):
     "Charts with arrays -> (charts with [offset, length] in their place, one float32 buffer)."
     out, parts, at = [], [], 0
@@ -276,7 +305,7 @@ def pack(charts):
     for c in charts: out.append(c | {"x": put(c["x"]), "ys": [put(y) for y in c["ys"]]})
     return out, np.concatenate(parts).tobytes() if parts else b""
 
-# %% ../nbs/24_panel.ipynb #cell-33
+# %% ../nbs/24_panel.ipynb #cell-36
 def chips(run):
     "What the run is, in a few words each."
     c = run.config
@@ -316,7 +345,7 @@ def strip(run, tail, status):
     if best: facts.append(("best", f"{best['value']:.4f} at " + ("the start" if best["epoch"] < 0 else f"epoch {best['epoch']}") + (f", {clock_text(max(0, time.time() - best['time']))} ago" if live else "")))
     return {"facts": facts, "epochs": stage["epochs"], "done": done, "patience": stage["patience"], "flat": epochs[-1]["flat"] if epochs else 0}
 
-# %% ../nbs/24_panel.ipynb #cell-34
+# %% ../nbs/24_panel.ipynb #cell-37
 def epoch_rows(tail, last=8, first="untrained"):
     "The newest epochs and the best one; a change is marked only beyond two standard errors."
     epochs = tail.of("epoch")
@@ -354,7 +383,7 @@ def shown_cards(cards):
     "Findings among the doctor's cards, the gravest first, muted ones behind."
     return sorted((c for c in cards or [] if c["severity"] in "EWI"), key=lambda c: (bool(c.get("muted")), "EWI".index(c["severity"])))
 
-# %% ../nbs/24_panel.ipynb #cell-36
+# %% ../nbs/24_panel.ipynb #cell-39
 FOLDER = Path(__file__).resolve().parent / "js" if "__file__" in globals() else Path(entry_notebooks()["train"]).resolve().parents[1] / "mbnb" / "js"
 
 class Face(anywidget.AnyWidget):
@@ -375,14 +404,14 @@ class TrainPanel:
         self.runs_dir, self.run, self.tail, self.child, self.message, self.page = runs_folder(runs_dir), None, None, None, "", "setup"
         self.axis, self.extra, self.twin, self._twin_of, self._listed, self._best = AXES[0], EXTRAS[0], None, None, (0., []), {}
         self._drawn, self.preflight, self.ahead = None, {}, {}
-        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | dict(set_items(parameters.get("set", "")))
+        self.chosen = {k: v for k, v in parameters.items() if k != "set"} | set_once(parameters.get("set", ""))
         self.face = Face(panel_id=os.urandom(6).hex())
         self.face.on_msg(lambda _, content, buffers: self.hear(content))
         live = [r["id"] for r in self.listed() if r["state"] in LIVE]
         if run or (live and not parameters): self.watch(run or live[-1])
         self.show()
 
-# %% ../nbs/24_panel.ipynb #cell-37
+# %% ../nbs/24_panel.ipynb #cell-40
 @patch
 def listed(self: TrainPanel):
     "The newest runs, [{id, state}], read at most every two seconds."
@@ -416,7 +445,7 @@ def best_before(self: TrainPanel):
         self._best[key] = max((s["value"] for s in selected if s.get("fingerprint") == key), default=None)
     return self._best.get(key)
 
-# %% ../nbs/24_panel.ipynb #cell-38
+# %% ../nbs/24_panel.ipynb #cell-41
 @patch
 def show(self: TrainPanel):
     "Read what is new and hand it to the face and to the still picture below it."
@@ -428,8 +457,8 @@ def show(self: TrainPanel):
     view = {"page": self.page, "run": self.run.id if self.run else "", "state": status["state"], "reason": status.get("reason", ""), "runs": self.listed(), "message": self.message,
             "valid": setup and not self.message, "busy": False, "forkable": bool(self.run) and not live and any((self.run.path / "checkpoints").glob("*.json"))}
     if self.run and not setup:
-        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail, first=first_name(self.run.config)), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": command_line(self.ahead).partition("ipynb out.ipynb")[2].strip(),
-                 "command": command_line({k: v for k, v in self.run.config.items() if k in PARAMETERS and v != PARAMETERS[k]})}
+        view |= {"chips": chips(self.run), "strip": strip(self.run, self.tail, status), "epochs": epoch_rows(self.tail, first=first_name(self.run.config)), "rules": rule_rows(self.tail), "cases": case_rows(self.tail), "behaviors": behaviors_of(self.tail), "cards": shown_cards(self.run.cards), "ahead": " ".join(f"{k}={v}" for k, v in self.ahead.items()),
+                 "command": papermill_command({k: v for k, v in self.run.config.items() if k != "run_name"})}
     self.face.view = json.loads(json.dumps(view | checked, default=str).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
     self.picture(status)
 
@@ -462,26 +491,27 @@ def _ipython_display_(self: TrainPanel):
     display(self.face)
     self.twin = display(HTML(self.still()), display_id=True)
 
-# %% ../nbs/24_panel.ipynb #cell-40
+# %% ../nbs/24_panel.ipynb #cell-43
 @patch
 def check(self: TrainPanel):
     "The form, its command, and what `configure` says of it."
-    self.message = ""
-    names = {k: self.chosen.get(k, PARAMETERS[k]) for k in ("model", "preset", "dataset", "loss")}
-    try: sections = form(**names)
-    except MbnbError:
-        self.chosen.pop("preset", None); self.chosen.pop("loss", None)
-        sections = form(names["model"] if names["model"] in MODELS else PARAMETERS["model"], dataset=names["dataset"])
+    sections = form_of({k: self.chosen.get(k, PARAMETERS[k]) for k in ("model", "preset", "dataset", "loss")})
     known = {f["name"] for s in sections for f in s["fields"]}
-    self.chosen = {k: v for k, v in self.chosen.items() if k in known or k in PARAMETERS or k.startswith(("doctor.", "data."))}
-    for s in sections:
-        for f in s["fields"]:
-            if f["name"] in self.chosen: f["value"], f["set"] = self.chosen[f["name"]], True
-    parameters = parameters_of(self.chosen)
-    try: make_config(**parameters)
-    except MbnbError as e: self.message = str(e)
-    self.face.form = json.loads(json.dumps({"sections": sections, "command": command_line(parameters), "snippet": python_lines(parameters)}, default=str))
-    return {"message": self.message, "valid": not self.message} | self.looked()
+    more = [_field(k, v, f"{k}; empty: not set") for k, v in self.chosen.items() if k not in known]
+    sections += [{"title": "more", "fields": more}] if more else []
+    for f in (f for s in sections for f in s["fields"] if f["name"] in self.chosen):
+        f["value"], f["set"] = self.chosen[f["name"]], True
+        if f["choices"] and f["value"] not in f["choices"]: f["choices"].append(f["value"])
+    parameters, wrong = self.parameters(), refusal(self.chosen)
+    self.face.form = json.loads(json.dumps({"sections": sections, "command": papermill_command(parameters), "snippet": python_lines(parameters)}, default=str))
+    looked = self.looked()
+    said = dict.fromkeys([self.message, wrong, looked.pop("message", "")])
+    return {"message": "; ".join(filter(None, said)), "valid": not wrong} | looked
+
+@patch
+def parameters(self: TrainPanel):
+    "The form as parameters of `nbs/train.ipynb`, with the folder of runs that the panel looks at."
+    return parameters_of(self.chosen) | ({} if self.runs_dir == runs_folder(PARAMETERS["runs_dir"]) else {"runs_dir": str(self.runs_dir)})
 
 def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != "doctor"}
 
@@ -489,12 +519,11 @@ def but_doctor(parameters): return {k: v for k, v in parameters.items() if k != 
 def looked(self: TrainPanel):
     "What the preflight of the form as it stands says: {checking, checked, cards, blocked}; an E card blocks the start until it is to run anyway."
     p = self.preflight
-    if not p or p["parameters"] != but_doctor(parameters_of(self.chosen)): return {"checking": False, "checked": False, "cards": [], "blocked": False, "anyway": False}
-    if p.get("cards") is None: p["cards"], p["message"] = read_preflight(p["process"], p["out"])
-    if p["message"]: self.message = p["message"]
+    if not p or p["parameters"] != but_doctor(self.parameters()): return {"checking": False, "checked": False, "cards": [], "blocked": False, "anyway": False}
+    if p.get("cards") is None: p["cards"], p["message"] = read_preflight(*p["started"])
     cards, anyway = shown_cards(p["cards"]), self.chosen.get("doctor") == "warn"
     error = any(c["severity"] == "E" and not c.get("muted") for c in cards)
-    return {"checking": p["cards"] is None, "checked": bool(p["cards"]), "cards": cards, "blocked": error and not anyway, "error": error, "anyway": anyway, "message": self.message}
+    return {"checking": p["cards"] is None, "checked": bool(p["cards"]), "cards": cards, "blocked": error and not anyway, "error": error, "anyway": anyway, "message": p["message"]}
 
 @patch
 def hear(self: TrainPanel, content):
@@ -508,21 +537,18 @@ def hear(self: TrainPanel, content):
     self.show()
     self.face.send({"tick": True})
 
-# %% ../nbs/24_panel.ipynb #cell-41
+# %% ../nbs/24_panel.ipynb #cell-44
 def _begin(panel, parameters):
     folder, panel.child = start_run(parameters)
     panel.run, panel.tail, panel.page, panel._drawn = Run(folder), Tail(folder), "run", None
 
 def _start(panel, content):
-    parameters = parameters_of(panel.chosen)
-    make_config(**parameters)
-    _begin(panel, parameters | {"runs_dir": str(panel.runs_dir)})
+    make_config(**parameters_of(panel.chosen))
+    _begin(panel, panel.parameters())
 
 def _preflight(panel, content):
-    parameters = parameters_of(panel.chosen)
-    make_config(**parameters)
-    process, out = start_preflight(parameters)
-    panel.preflight = {"process": process, "out": out, "parameters": but_doctor(parameters), "cards": None, "message": ""}
+    make_config(**parameters_of(panel.chosen))
+    panel.preflight = {"started": start_preflight(panel.parameters()), "parameters": but_doctor(panel.parameters()), "cards": None, "message": ""}
 
 def _anyway(panel, content):
     if content["value"]: panel.chosen["doctor"] = "warn"
@@ -531,12 +557,11 @@ def _anyway(panel, content):
 def _card(panel, content): return next((c for c in panel.run.cards or [] if c["id"] == content["id"]), {})
 
 def _fix(panel, content):
-    for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead[key] = f"{panel.ahead.get(key, '')} {value}".strip() if key == "set" else value
+    for key, value in (_card(panel, content).get("patch") or {}).items(): panel.ahead |= dict(set_items(value)) if key == "set" else {key: value}
 
 def _mute(panel, content):
-    ahead = dict(set_items(panel.ahead.get("set", "")))
-    ahead["doctor.mute"] = f"{ahead.get('doctor.mute', '')} {content['id']}".strip()
-    panel.ahead["set"] = " ".join(f"{k}={shlex.quote(v)}" for k, v in ahead.items())
+    muted = panel.ahead.get("doctor.mute", panel.run.config.get("mute", ""))
+    panel.ahead["doctor.mute"] = f"{muted} {content['id']}".strip()
 
 def _resume(panel, content):
     if panel.run.status["state"] == "paused": return send_request(panel.run.path, "resume")
@@ -544,19 +569,20 @@ def _resume(panel, content):
 
 def _fork(panel, content):
     config = {k: v for k, v in panel.run.config.items() if k in PARAMETERS and k not in (*LEFT_OUT, "run_name") and v != PARAMETERS[k]}
-    ahead = {k: v for k, v in panel.ahead.items() if k != "set"} | dict(set_items(panel.ahead.get("set", "")))
-    panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | ahead, "setup", {}
+    panel.chosen, panel.page, panel.ahead = config | dict(set_items(panel.run.config.get("set", ""))) | {"fork": panel.run.id} | panel.ahead, "setup", {}
 
 def _stop_now(panel, content):
-    pid = panel.run.status.get("pid")
-    if panel.state()["state"] == "starting": os.killpg(panel.child.pid, signal.SIGTERM)
-    else: os.kill(pid, signal.SIGKILL)
+    status = panel.state()
+    if status["state"] == "starting": os.killpg(panel.child.pid, signal.SIGTERM)
+    elif is_alive(status): os.kill(status["pid"], signal.SIGKILL)
+    else: raise RunError(f"there is no process to stop: the run is {status['state']} ({status['reason']})")
 
 def _set(panel, content):
     name, value = content["name"], content["value"]
-    if name in ("model", "preset"): panel.chosen = {k: v for k, v in panel.chosen.items() if "." not in k}
     panel.chosen[name] = value
-    if name in PARAMETERS and value == PARAMETERS[name] and name != "model": panel.chosen.pop(name)
+    if value in ("", PARAMETERS.get(name)) and name != "model": panel.chosen.pop(name)
+    gone = outdated(panel.chosen, name) if name in ("model", "preset", "loss") else []
+    if gone: panel.message = f"not taken with {name}={value}, and left out: {', '.join(f'{k}={panel.chosen.pop(k)}' for k in gone)}"
 
 def _show(page): return lambda panel, content: setattr(panel, "page", page)
 def _request(action, **more): return lambda panel, content: send_request(panel.run.path, action, **more)

@@ -19,7 +19,6 @@ import difflib
 import json
 import math
 import re
-import shlex
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -379,12 +378,12 @@ def on_training(story):
     return blocks + ([Block("fold", (title, Table(columns, shown, say("titled", title=title, rest=say("change_rule")), tuple(own), ("",))))] if rows else [])
 
 # %% ../nbs/23_report.ipynb #cell-34
-NOT_ASKED = ("runs_dir", "run_name", "resume", "panel", "lang", "doctor", "devices")
+NOT_ASKED = ("runs_dir", "run_name", "resume", "panel", "lang", "devices")
 
 def same_again(config):
-    "The papermill command of a run; names left at \"\" or 0 are as the preset says."
-    given = {k: v for k, v in config.items() if k not in NOT_ASKED and isinstance(v, str | int | float) and not isinstance(v, bool) and (v not in ("", 0) or k == "seed") and k not in ("data_hash", "split_hash")}
-    return "papermill nbs/train.ipynb out.ipynb " + " ".join(f"-p {shlex.quote(k)} {shlex.quote(str(v))}" for k, v in given.items())
+    "The papermill command of a run, for whatever folder and machine; what it does not name is the page's default."
+    from mbnb.config import papermill_command           # here, since a report is else written without torch
+    return papermill_command({k: v for k, v in config.items() if k not in NOT_ASKED})
 
 def shown_value(value):
     "A setting as text."

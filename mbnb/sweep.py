@@ -8,11 +8,11 @@ __all__ = ['MEASURED', 'NOT_A_SETTING', 'SEARCHES', 'LISTED', 'POLL', 'TRIES', '
            'whole', 'check_space', 'grid_values', 'short', 'draw', 'random_values', 'import_optuna', 'distribution',
            'optuna_values', 'check_fixed', 'make_plan', 'most', 'propose', 'Trial', 'sweep_path', 'read_plan', 'grown',
            'check_plan', 'settle_plan', 'read_trials', 'minutes_worked', 'opened', 'set_budget', 'labels_of', 'measure',
-           'folder_state', 'labels_trained', 'looked_up', 'table_of', 'sweep_table', 'papermill_command', 'best_trial',
-           'best_command', 'train_command', 'threads_each', 'child_environment', 'Child', 'start_process',
-           'signal_group', 'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words', 'ended', 'SweepStopped',
-           'Sweep', 'again', 'take_stock', 'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect',
-           'wind_down', 'work', 'listening', 'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
+           'folder_state', 'labels_trained', 'looked_up', 'table_of', 'sweep_table', 'best_trial', 'best_command',
+           'train_command', 'threads_each', 'child_environment', 'Child', 'start_process', 'signal_group',
+           'ask_to_stop', 'kill', 'still_there', 'writer', 'last_words', 'ended', 'SweepStopped', 'Sweep', 'again',
+           'take_stock', 'finish', 'trial_line', 'spent', 'next_trial', 'start', 'collect', 'wind_down', 'work',
+           'listening', 'plan_text', 'run_sweep', 'sweep_figure', 'parse_space', 'sweep_arguments']
 
 # %% ../nbs/26_sweep.ipynb #cell-2
 import ast
@@ -36,7 +36,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .events import MbnbError
-from .config import PARAMETERS, SECTIONS, check_parameters, parse_set
+from .config import PARAMETERS, SECTIONS, check_parameters, papermill_command, parse_set
 from .experiment import NOT_SAVED, configure, meaning
 from .plots import COLORS
 from .runs import (LIVE, Journal, Lock, RunError, check_run_id, derived_status, differences, is_alive, process_start, read_json, read_records, run_path,
@@ -364,16 +364,6 @@ def sweep_table(name, runs_dir="runs"):
     return table_of([looked_up(t, runs_dir) for t in read_trials(path)], plan["space"])
 
 # %% ../nbs/26_sweep.ipynb #cell-32
-def papermill_command(parameters, page="nbs/train.ipynb", output="out.ipynb"):
-    "The command line that runs the page with these parameters, quoted for a shell; defaults are left out."
-    line = ["papermill", page, output]
-    for key, value in parameters.items():
-        if value == PARAMETERS[key]: continue
-        try: plain = isinstance(value, str) and isinstance(ast.literal_eval(value), (int, float, bool, type(None)))      # papermill would take it for one
-        except (ValueError, SyntaxError): plain = False
-        line += ["-r" if plain else "-p", key, value if isinstance(value, str) else repr(value)]
-    return shlex.join(line)
-
 def best_trial(name, runs_dir="runs"):
     "The finished Trial that is best on validation; RunError where there is none, or where trials saw different data."
     trials = [looked_up(t, runs_dir) for t in read_trials(sweep_path(runs_dir, name))]
@@ -388,7 +378,7 @@ def best_command(name, runs_dir="runs"):
     "The papermill command of the best trial."
     return papermill_command(trial_parameters(read_plan(sweep_path(runs_dir, name))["fixed"], best_trial(name, runs_dir).values))
 
-# %% ../nbs/26_sweep.ipynb #cell-35
+# %% ../nbs/26_sweep.ipynb #cell-34
 def train_command(parameters):
     "`mbnb train -p ...` as an argument list: papermill runs nbs/train.ipynb into the run folder."
     return [sys.executable, "-m", "mbnb", "train", *itertools.chain.from_iterable(("-p", k, v if isinstance(v, str) else repr(v)) for k, v in parameters.items())]
@@ -417,7 +407,7 @@ def start_process(arguments, log, threads):
     with open(log, "ab") as out:
         return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=child_environment(threads), start_new_session=True)
 
-# %% ../nbs/26_sweep.ipynb #cell-38
+# %% ../nbs/26_sweep.ipynb #cell-37
 def signal_group(owner, number):
     "Send a signal to the process group that a process of ours began, if it is still the one."
     if not is_alive(owner): return
@@ -468,7 +458,7 @@ def ended(child, path, log):
     if code is None or code < 0: return "crashed", f"killed{f' by {signal.Signals(-code).name}' if code else ''} before it wrote its run folder"
     return "failed", last_words(log.read_text(errors="replace") if log.exists() else "") or f"ended with exit code {code} and wrote no run folder"
 
-# %% ../nbs/26_sweep.ipynb #cell-41
+# %% ../nbs/26_sweep.ipynb #cell-40
 POLL = .2           # seconds
 TRIES = 3           # starts of a trial that is killed each time
 PATIENCE = {"budget": 120., "interrupted": 20.}     # seconds that a run has to stop by itself
@@ -524,7 +514,7 @@ def trial_line(t, trials, plan):
     best = t.state == "done" and shown and all(o.measures["value"] < m["value"] for o in trials if o is not t and o.state == "done" and o.measures.get("value") is not None)
     return f"{count:>5s}  trial {t.number}  {t.state:7s}  {values_text(t.values)}{shown}{test}{' *best' if best else ''}{'' if t.state == 'done' else '  ' + t.reason}  {t.run}"
 
-# %% ../nbs/26_sweep.ipynb #cell-42
+# %% ../nbs/26_sweep.ipynb #cell-41
 def spent(s):
     "Why the budget is spent, or ''. Number of trials is no matter of this: none is started beyond it."
     budget, worked = s.plan["budget"], s.worked + (time.monotonic() - s.began) / 60
@@ -562,7 +552,7 @@ def start(s, t):
     s.children.append(Child(t, process, before))
     s.write("start", trial=t.number, owner=t.owner, resumed=there)
 
-# %% ../nbs/26_sweep.ipynb #cell-43
+# %% ../nbs/26_sweep.ipynb #cell-42
 def collect(s):
     "Write down the trials whose processes are gone."
     for child in list(s.children):
@@ -612,7 +602,7 @@ def listening(signals):
     finally:
         for number, handler in old.items(): signal.signal(number, handler)
 
-# %% ../nbs/26_sweep.ipynb #cell-44
+# %% ../nbs/26_sweep.ipynb #cell-43
 def plan_text(plan, n_jobs):
     "The plan in one line."
     size = f"{most(plan)} trials" if most(plan) < math.inf else "trials"
@@ -641,7 +631,7 @@ def run_sweep(name, space, fixed=None, *, search="grid", trials=0, targets=0, mi
     if signals: raise SweepStopped(f"sweep {name} was {reason}; the same call goes on with it")
     return sweep_table(name, runs_dir)
 
-# %% ../nbs/26_sweep.ipynb #cell-53
+# %% ../nbs/26_sweep.ipynb #cell-52
 def sweep_figure(table):
     "Values on validation by trial, with the best so far, from the table of a sweep."
     column = next((c for c in table.columns if c.startswith("valid ")), None)
@@ -654,7 +644,7 @@ def sweep_figure(table):
                      go.Scatter(x=done.trial, y=done[column].cummax(), mode="lines", line=dict(shape="hv", dash="dash", color=COLORS["best"]), name="best so far")])
     return fig.update_layout(width=760, height=300, margin=dict(l=60, r=20, t=30, b=45), template="plotly_white", xaxis_title="trial", yaxis_title=escape(column), xaxis_dtick=max(1, len(done) // 12))
 
-# %% ../nbs/26_sweep.ipynb #cell-56
+# %% ../nbs/26_sweep.ipynb #cell-55
 SWEEP_PARAMETERS = dict(sweep="", space="{'lr': [1e-3, 3e-3]}", search="grid", trials=0, targets=0, minutes=0., search_seed=0, n_jobs=1, crashed="resume", failed="keep", runs_dir="runs")
 
 def parse_space(text):

@@ -129,6 +129,28 @@ def test_a_page_that_fails_before_the_run_is_told(tmp_path):
     assert "no-such-set" in panel.face.view["reason"]
 
 
+def test_stop_now_ends_what_is_starting_and_nothing_else(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, **SMALL)
+    ask(panel, "start")
+    assert not (panel.run.path / "status.json").exists() and panel.face.view["state"] == "starting"
+    view = ask(panel, "stop_now")
+    assert not view["message"] and panel.child.wait(timeout=30) != 0
+    time.sleep(2)                                       # for the kernel, if there was one already
+    assert ask(panel, "tick")["state"] == "failed" and not (panel.run.path / "status.json").exists()
+    assert "no process to stop" in ask(panel, "stop_now")["message"]
+
+
+def test_stop_now_leaves_a_process_that_took_the_pid_alone(tmp_path):
+    run = RunFolder.create(tmp_path, "old")
+    run.status("running", "training")
+    with subprocess.Popen(["sleep", "30"]) as other:
+        status = json.loads((run.path / "status.json").read_text())
+        (run.path / "status.json").write_text(json.dumps(status | {"pid": other.pid}))
+        assert "no process to stop" in ask(TrainPanel("old", tmp_path), "stop_now")["message"]
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_jump_of_the_clock_gives_no_negative_time(finished, monkeypatch):
     "F15: what is shown as time left comes from measured durations, not from the wall clock."
     now = time.time()
@@ -188,3 +210,79 @@ def test_a_panel_takes_lists_and_dicts_as_a_run_does(tmp_path):
     text = """data.columns={"user": "uid"} data.names=['a', 'b'] fit.clip=1.0 'fit.optimizer=adam w'"""
     made = parameters_of(TrainPanel(runs_dir=tmp_path, set=text).chosen)
     assert parse_set(made["set"]) == parse_set(text)
+
+
+KEPT = 'fit.epochs=(4,) fit.lr=0.01 eval.seed=5 fit.loss_weights={"main": 1.0} fit.clip=1.0 data.min_user=2'
+
+
+def test_what_the_form_has_no_field_for_is_kept(tmp_path, finished):
+    "A fork trains what its parent was told, and shows it."
+    room_of = tmp_path / "runs"
+    parent = RunFolder.create(room_of, "parent")
+    parent.write_json("config.json", finished.config | {"set": KEPT})
+    parent.close("done", "all epochs done")
+    panel = TrainPanel("parent", room_of)
+    view = ask(panel, "fork")
+    assert view["valid"] and not view["message"]
+    own = parameters_of(panel.chosen)
+    assert parse_set(own["set"]) == parse_set(KEPT) and configure(**own).stages[0].lr == .01
+    shown = {f["name"]: f["value"] for s in panel.face.form["sections"] for f in s["fields"]}
+    assert shown["eval.seed"] == "5" and shown["fit.epochs"] == "(4,)" and shown["fork"] == "parent"
+    assert ask(panel, "set", name="eval.seed", value="")["valid"] and "eval.seed" not in panel.chosen
+
+
+def test_what_the_doctor_advises_goes_into_the_next_fork(tmp_path, finished):
+    parent = RunFolder.create(tmp_path, "parent")
+    parent.write_json("config.json", finished.config | {"set": "doctor.mute=C03 fit.clip=1.0", "mute": "C03", "run_name": "parent"})
+    card = {"severity": "W", "message": "", "title": "", "fix": "", "why": "", "evidence": ""}
+    patches = {"C05": {"set": "fit.min_delta=0.0", "patience": 2}, "C08": {"select_on": "valid"}}
+    parent.write_json("doctor.json", [card | {"id": k, "patch": patch} for k, patch in patches.items()])
+    parent.close("done", "all epochs done")
+    panel = TrainPanel("parent", tmp_path)
+    assert "run_name" not in panel.face.view["command"], "that folder is taken"
+    for action, id in (("fix", "C05"), ("fix", "C05"), ("fix", "C08"), ("mute", "D09")): view = ask(panel, action, id=id)
+    assert view["ahead"] == "fit.min_delta=0.0 patience=2 select_on=valid doctor.mute=C03 D09"
+    assert ask(panel, "fork")["valid"]
+    own = parameters_of(panel.chosen)
+    assert own["patience"] == 2 and configure(**own).mute == "C03 D09" and configure(**own).fit.clip == 1.
+
+
+def test_a_new_model_leaves_out_what_it_refuses_and_says_so(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, preset="small", set=f"{KEPT} model.n_heads=1 model.d_model=16")
+    view = ask(panel, "set", name="model", value="gru4rec")
+    assert view["valid"] and view["message"] == "not taken with model=gru4rec, and left out: model.n_heads=1"
+    assert parse_set(parameters_of(panel.chosen)["set"]) == parse_set(f"{KEPT} model.d_model=16")
+    ask(panel, "tick")
+    assert "left out" in panel.face.view["message"], "it stands there until something else is pressed"
+    ask(panel, "set", name="model", value="mmq")
+    assert panel.face.view["message"] == "not taken with model=mmq, and left out: fit.epochs=(4,), model.d_model=16", "it has three stages"
+
+
+@pytest.mark.parametrize("model", ["lightgcn", "mule"])
+@pytest.mark.parametrize("dataset", ["ml-100k", "beauty"])
+def test_advice_that_a_model_does_not_take_does_no_harm(tmp_path, model, dataset):
+    panel = TrainPanel(runs_dir=tmp_path, dataset=dataset)
+    assert ask(panel, "set", name="model", value=model)["valid"]
+
+
+def test_the_preflight_of_a_fork_finds_its_parent(tmp_path, finished, monkeypatch):
+    "In the panel's folder of runs, which the command names as well; nothing of it stays behind."
+    monkeypatch.setattr(room.tempfile, "tempdir", str(tmp_path))
+    panel = TrainPanel("first", finished.path.parent)
+    ask(panel, "fork")
+    assert f"-p runs_dir {finished.path.parent}" in panel.face.form["command"]
+    ask(panel, "preflight")
+    wait(lambda: not ask(panel, "tick")["checking"])
+    view = panel.face.view
+    assert view["checked"] and not view["message"] and not view["blocked"] and not list(tmp_path.iterdir())
+    assert "runs_dir" not in TrainPanel(dataset="toyshop-tiny").face.form["command"], "the page's own folder needs no name"
+
+
+def test_names_that_are_not_there_are_told(tmp_path):
+    panel = TrainPanel(runs_dir=tmp_path, dataset=str(tmp_path / "gone.csv"), epochs=3)
+    view = ask(panel, "tick")
+    assert not view["valid"] and "gone.csv" in view["message"]
+    assert next(f for f in panel.face.form["sections"][0]["fields"] if f["name"] == "dataset")["value"] == str(tmp_path / "gone.csv")
+    assert ask(panel, "set", name="dataset", value="toyshop-tiny")["valid"] and panel.chosen["epochs"] == 3
+    assert "unknown model 'gru'" in TrainPanel(runs_dir=tmp_path, model="gru").face.view["message"]
+    assert "unknown parameter 'modle'" in TrainPanel(runs_dir=tmp_path, modle="gru").face.view["message"]

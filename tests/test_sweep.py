@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,19 @@ def test_a_run_of_the_page_is_killed_and_the_entry_page_goes_on_with_it(tmp_path
     assert "0 finished before, 0 running, 1 to go on with" in shown
     assert "papermill nbs/train.ipynb out.ipynb -p dataset toyshop-tiny -p epochs 1" in shown
     assert "application/vnd.plotly.v1+json" in shown and len(shown) < 100_000
+
+
+def test_the_page_goes_on_in_its_kernel(tmp_path, monkeypatch):
+    "Its cells are run again after an interrupt; what the first time has left behind is no parameter."
+    monkeypatch.setattr("mbnb.sweep.run_sweep", partial(run_sweep, command=stand_in))
+    monkeypatch.chdir(tmp_path)
+    cells = [c for c in json.loads(PAGE.read_text())["cells"] if c["cell_type"] == "code"]
+    names = {}
+    for _ in range(2):
+        for cell in cells:
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []): names.update(TOY, space=ONE)
+    assert names["found"].state.tolist() == ["done"] and starts(tmp_path / "runs", names["arguments"]["name"]) == [0]
 
 
 @pytest.mark.slow

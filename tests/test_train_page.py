@@ -12,6 +12,7 @@ from mbnb.experiment import configure, run_experiment
 from mbnb.panel import attach
 from mbnb.report import pick_run
 from mbnb.runs import list_runs
+from mbnb.zoo import ConfigError
 
 PAGE = Path(__file__).parents[1] / "nbs" / "train.ipynb"
 QUICK = [
@@ -72,6 +73,25 @@ def test_f49_a_wrong_parameter_ends_with_one_clear_message(tmp_path, args, words
     assert not (tmp_path / "runs").exists() and not (tmp_path / "owned").exists(), "nothing was written"
     errors = [o for o in outputs(tmp_path) if o["output_type"] == "error"]
     assert len(errors) == 1 and len(errors[0]["traceback"]) == 1, "a sentence, not a traceback"
+
+
+def run_cells(page, names, given):
+    "Runs the code cells of an entry page in `names`, as a kernel does, with the parameters `given` behind its own."
+    for cell in json.loads((PAGE.parent / page).read_text())["cells"]:
+        if cell["cell_type"] != "code": continue
+        exec("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []): names.update(given)
+
+
+def test_the_pages_run_twice_in_one_kernel(tmp_path, monkeypatch):
+    "What the first time has left behind is no parameter of the second; a name beside them still is."
+    monkeypatch.chdir(tmp_path)
+    train, report, given = {}, {}, dict(dataset="toyshop-tiny", epochs=1, doctor="off", set="model.d_model=8 eval.bootstrap=20")
+    for _ in range(2):
+        run_cells("train.ipynb", train, given)
+        run_cells("report.ipynb", report, {})
+    assert len(list_runs("runs")) == 2 and report["paths"]["md"].parent.name == train["result"]["run_id"]
+    with pytest.raises(ConfigError, match="unknown parameter 'modle'"): run_cells("train.ipynb", train, {"modle": "gear"})
 
 
 def test_pages_of_a_clone_share_its_runs(tmp_path, monkeypatch):
