@@ -573,12 +573,12 @@ def path_spec(path):
     path = Path(path).expanduser().absolute()
     if path.is_file(): return DataSpec(path.stem, f"file {path.name}", str(path.parent), {path.name: ""}, time="detected")
     found = sorted(p for p in path.iterdir() if p.suffix in READABLE)
-    pair = [p for end in (".train.inter", ".test.inter") for p in found if p.name.endswith(end)]
-    if len(pair) == 2:
+    pair = [p for end in (".train.inter", ".test.inter", ".valid.inter") for p in found if p.name.endswith(end)]
+    if [p.stem.rpartition(".")[2] for p in pair] in (["train", "test"], ["train", "test", "valid"]):
         return DataSpec(path.name, f"folder {path.name}", str(path), {p.name: "" for p in pair}, reader="lists", target="given", time="order")
     if len(found) == 1: return replace(path_spec(found[0]), name=path.name)
     raise DataError(f"{path}: found {len(found)} readable files ({', '.join(p.name for p in found[:5]) or 'none'}), "
-                    f"expected one of {', '.join(READABLE)} or a pair .train.inter and .test.inter; name the file")
+                    f"expected one of {', '.join(READABLE)} or a pair .train.inter and .test.inter (and .valid.inter, if you like); name the file")
 
 def find_row(name):
     "Row of a name, or of a path."
@@ -619,7 +619,8 @@ def load(name, **options) -> Sequences:
     row = with_options(rated(row) if ratings else row, options)
     data, sums = read_files(row, folder)
     if ratings: data = [rating_behaviors(d) for d in data]
-    built = (from_lists if row.reader == "lists" else from_events)(*data, name=row.name, **row.build)
+    valid = {"valid": data[2]} if len(data) > 2 else {}
+    built = (from_lists if row.reader == "lists" else from_events)(*data[:2], **valid, name=row.name, **row.build)
     counts = {"file": data[0].counts if len(data) == 1 else [d.counts for d in data], "sha256": sums} | built.counts
     built = replace(built, name=one_name(row, built), counts=counts)
     return some_users(built, users) if users else built

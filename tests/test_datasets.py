@@ -203,6 +203,9 @@ def test_own_list_rows(tmp_path):
     says(load, tmp_path, contains=[tmp_path.name, "-p set data.target_behavior=buy"])
     built = load(tmp_path, target_behavior="buy")
     assert built.split["kind"] == "given" and len(built.train) + len(built.valid) == 40
+    (tmp_path / "x.valid.inter").write_text(header + "".join(rows[:3]))
+    built = load(tmp_path, target_behavior="buy")
+    assert built.split["valid"] == "file" and [len(built.cases(split)) for split in ("train", "valid", "test")] == [40, 3, 4]
 
 
 def test_own_file_that_is_not_there(tmp_path):
