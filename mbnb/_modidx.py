@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mbnb.datasets': { 'mbnb.datasets.DataSpec': ('datasets.html#dataspec', 'mbnb/datasets.py'),
                                'mbnb.datasets.Source': ('datasets.html#source', 'mbnb/datasets.py'),
                                'mbnb.datasets._are': ('datasets.html#_are', 'mbnb/datasets.py'),
+                               'mbnb.datasets._flag_lines': ('datasets.html#_flag_lines', 'mbnb/datasets.py'),
                                'mbnb.datasets._here': ('datasets.html#_here', 'mbnb/datasets.py'),
                                'mbnb.datasets._is_number': ('datasets.html#_is_number', 'mbnb/datasets.py'),
                                'mbnb.datasets._is_text': ('datasets.html#_is_text', 'mbnb/datasets.py'),

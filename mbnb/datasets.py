@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import mbnb
 from . import toyshop
-from .events import DataError, Events, read_events, read_lists, read_user_lists
+from .events import UNITS, DataError, Events, read_events, read_lists, read_user_lists
 from . import ids
 from .items import SIDES, Items, Table, lacking, read_table
 from .sequences import Sequences, from_events, from_lists, some_users
@@ -230,7 +230,9 @@ SUMS = "SHA256SUMS"
 def known_sums(folder):
     "{file: sha256} as unpacking wrote it into the folder; {} without such a file."
     path = Path(folder) / SUMS
-    return {n: "sha256:" + h for h, n in (line.split(maxsplit=1) for line in path.read_text().splitlines())} if path.is_file() else {}
+    pairs = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    if odd := [p for p in pairs if len(p) != 2]: raise DataError(f"{path}: found the line {odd[0][0][:80]!r}; expected `checksum file` in each")
+    return {n: "sha256:" + h for h, n in pairs}
 
 def check_file(path, known, name):
     "SHA-256 of a file, which must have the checksum `known`: \"<sha256>\", \"md5:<hex>\", or \"\" if none is known. Raises DataError."
@@ -454,17 +456,26 @@ def get(name, retries=2):
 # %% ../nbs/05_datasets.ipynb #cell-61
 def read_flags(*paths, user, item, timestamp, flags, unit):
     """csv logs with one 0/1 column a behavior -> Events; `flags`: {column: behavior}, weak to strong; rows of a line stay in that order.
-    Raises DataError naming a missing column."""
-    wanted = [user, item, timestamp, *flags]
-    for p in paths:
-        found = pl.scan_csv(p).collect_schema().names()
-        lacking = [c for c in wanted if c not in found]
-        if lacking: raise DataError(f"{p}: columns {lacking} are missing; found {found}")
-    lines = pl.concat([pl.read_csv(p, columns=wanted, infer_schema=False) for p in paths])
+    Raises DataError naming a missing column, or the first row with a blank id, a time that is no whole number, or a flag that is neither 0 nor 1."""
+    if unit not in UNITS: raise DataError(f"unit={unit!r} is unknown; valid: {', '.join(map(repr, UNITS))}")
+    lines = pl.concat([_flag_lines(p, [user, item], timestamp, [*flags]) for p in paths])
     lines = lines.rename({user: "user", item: "item", timestamp: "timestamp", **flags}).with_row_index("line")
     frame = _one_row_a_flag(lines, list(flags.values()))
     counts = {"lines": len(lines), "lines without behavior": len(lines) - frame["line"].n_unique(), "events": len(frame)}
     return Events(frame.drop("line"), unit, ", ".join(Path(p).name for p in paths), counts)
+
+def _flag_lines(path, ids, timestamp, flags):
+    "The columns of one log, as text. Raises DataError."
+    wanted = [*ids, timestamp, *flags]
+    try: lines = pl.read_csv(path, infer_schema=False)
+    except pl.exceptions.PolarsError as e: raise DataError(f"{path}: cannot be read as csv ({' '.join(str(e).split())[:150]}); expected a header and as many fields in each row") from e
+    lacking = [c for c in wanted if c not in lines.columns]
+    if lacking: raise DataError(f"{path}: columns {lacking} are missing; found {lines.columns}")
+    rules = {c: (pl.col(c).str.strip_chars().fill_null("") != "", "a name") for c in ids} | {timestamp: (pl.col(timestamp).cast(pl.Int64, strict=False).is_not_null(), "a whole number")}
+    for c, (good, expected) in (rules | {c: (pl.col(c).is_in(["0", "1"]).fill_null(False), "0 or 1") for c in flags}).items():
+        bad = lines.select(pl.arg_where(~good)).to_series()
+        if len(bad): raise DataError(f"{path}: row {bad[0]} (counted from 0), column {c}: found {lines[c][bad[0]]!r}, expected {expected}; {len(bad):,} such row{'s' * (len(bad) > 1)}")
+    return lines.select(wanted)
 
 def _one_row_a_flag(lines, behaviors):
     rows = lines.unpivot(on=behaviors, index=["line", "user", "item", "timestamp"], variable_name="behavior", value_name="on")
