@@ -128,7 +128,8 @@ def _judge(faults, n, source, locate, on_bad_rows, bad_rows_to):
     if len(bad) > MOST_BAD * n:
         raise DataError(f"{_tell(bad, locate(bad['row'].head(NAMED)), n, source)}\nThat is {len(bad) / n:.1%}, and quarantine takes at most {MOST_BAD:.0%}: "
                         "nothing was set aside. Check columns, sep and encoding, or correct the file.")
-    _write_bad_rows(bad_rows_to, bad, locate(bad["row"]), source)
+    try: _write_bad_rows(bad_rows_to, bad, locate(bad["row"]), source)
+    except OSError as e: raise DataError(f"bad_rows_to={str(bad_rows_to)!r}: cannot be written ({e.strerror}); name a file in a folder that can be") from e
     return bad
 
 def _check_policy(on_bad_rows, bad_rows_to, duplicates="keep"):
