@@ -116,6 +116,7 @@ def read_table(path, name):
     if path.suffix not in SIDE_READERS: raise DataError(f"{path}: files of kind {path.suffix!r} are not read; expected one of {', '.join(SIDE_READERS)}")
     try: keys, values = SIDE_READERS[path.suffix](path)
     except (pl.exceptions.PolarsError, OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise DataError(f"{path}: cannot be read as {path.suffix} ({' '.join(str(e).split())[:150]}); the file is damaged, or of another format") from e
+    if not keys: raise DataError(f"{path}: has a header and no rows; expected one row a key")
     bad = np.flatnonzero(~np.isfinite(values).all(1)) if isinstance(values, np.ndarray) else []
     if len(bad): raise DataError(f"{path}: the vector of key {keys[bad[0]]!r} holds NaN or infinity ({len(bad)} such rows); expected finite numbers")
     return Table(name, keys, values, path.name)
@@ -255,12 +256,14 @@ def texts_of(table, tokens):
     return [table.values[n].strip() if n >= 0 else "" for n in row]
 
 def neighbors_of(table, tokens):
-    "A Table {item: [items]} -> Side of item numbers (V,J) int64, in the order given, 0 behind the last."
+    "A Table {item: [items]} -> Side of item numbers (V,J) int64, in the order given, 0 behind the last. DataError for a table of another kind, or with no neighbor that is an item."
+    if table.kind != "codes": raise DataError(f"{table.name} ({table.source}): found {table.kind}; expected a .json {{item: [items]}}, the ids of the neighbors as texts or whole numbers")
     row, number = np.append(-1, rows_of(table, tokens[1:])), {str(t): v for v, t in enumerate(tokens) if v}
     own = [[number[str(k)] for k in table.values[n] if str(k) in number] if n >= 0 else [] for n in row]
     values = np.zeros((len(tokens), max(1, *map(len, own))), np.int64)
     for v, found in enumerate(own): values[v, :len(found)] = found
     has, given = values[:, 0] > 0, sum(len(table.values[n]) for n in row if n >= 0)
+    if given and not has.any(): raise DataError(f"{table.name} ({table.source}): none of {given:,} neighbors is an item; the items look like {str(tokens[1])!r}, the neighbors like {next(str(k) for own in table.values for k in own)!r}. Write the neighbors as the items are written")
     return Side(table.name, values, has, f"{table.source}; {(values > 0).sum():,} of {given:,} neighbors are items; {int(has.sum()):,} of {len(tokens) - 1:,} items")
 
 # %% ../nbs/04_items.ipynb #cell-32
