@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SHOPS', 'GROUPLENS', 'RATED', 'STARS', 'SITE', 'ML_100K', 'ML_100K_SITE', 'ML_1M', 'ML_SMALL', 'BEAUTY', 'ASKED',
            'RETAIL', 'TAOBAO', 'TAOBAO_CATEGORY', 'KUAI', 'KUAIRAND', 'KUAIRAND_IMPRESSION', 'PURE', 'ROCKET',
-           'TAOBAO_FULL', 'TABLE', 'SUMS', 'PAGE', 'MOST_BYTES', 'MOST_RATIO', 'RATINGS', 'READERS', 'READABLE',
+           'TAOBAO_FULL', 'TABLE', 'SUMS', 'PAGE', 'MOST_BYTES', 'MOST_RATIO', 'RATINGS', 'READERS', 'KINDS', 'NAME',
+           'NAMES', 'SOME_NAMES', 'NAME_OF', 'YES', 'COUNT', 'NUMBER', 'NUMBERS', 'BY_DEFAULT', 'BY_OPTION', 'READABLE',
            'ML_ITEM', 'ML_TEXT', 'SIDE_TABLES', 'OTHER_NAMES', 'SIDE_OPTIONS', 'Source', 'DataSpec', 'names', 'spec',
            'nearest', 'cache_folder', 'project_folder', 'places', 'locate', 'known_sums', 'check_file', 'how_to_get',
            'absent', 'data_file', 'check_url', 'check_answer', 'looks_like_page', 'stream', 'fetch', 'open_archive',
            'refuse_entry', 'copy_member', 'copy_members', 'unpack', 'settle', 'installed_member', 'pip_download',
-           'get_from_wheel', 'get_from_url', 'get', 'read_flags', 'read_shop', 'shop_of', 'rated', 'rating_behaviors',
-           'read_options', 'build_options', 'with_options', 'path_spec', 'find_row', 'find_or_get', 'read_files',
-           'load', 'one_name', 'shop_side', 'film_side', 'product_numbers', 'product_side', 'own_file', 'in_own_names',
-           'load_items', 'overview', 'describe']
+           'get_from_wheel', 'get_from_url', 'get', 'read_flags', 'make_shop', 'read_shop', 'shop_of', 'rated',
+           'rating_behaviors', 'read_options', 'build_options', 'texts', 'read_option', 'check_options', 'with_options',
+           'path_spec', 'find_row', 'find_or_get', 'read_files', 'load', 'one_name', 'shop_side', 'film_side',
+           'product_numbers', 'product_side', 'own_file', 'in_own_names', 'load_items', 'overview', 'describe']
 
 # %% ../nbs/05_datasets.ipynb #cell-3
 import difflib
@@ -32,6 +33,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -43,7 +45,7 @@ from tqdm import tqdm
 
 import mbnb
 from . import toyshop
-from .events import DataError, Events, read_events, read_lists, read_user_lists
+from .events import UNITS, DataError, Events, read_events, read_lists, read_user_lists
 from . import ids
 from .items import SIDES, Items, Table, lacking, read_table
 from .sequences import Sequences, from_events, from_lists, some_users
@@ -228,7 +230,9 @@ SUMS = "SHA256SUMS"
 def known_sums(folder):
     "{file: sha256} as unpacking wrote it into the folder; {} without such a file."
     path = Path(folder) / SUMS
-    return {n: "sha256:" + h for h, n in (line.split(maxsplit=1) for line in path.read_text().splitlines())} if path.is_file() else {}
+    pairs = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    if odd := [p for p in pairs if len(p) != 2]: raise DataError(f"{path}: found the line {odd[0][0][:80]!r}; expected `checksum file` in each")
+    return {n: "sha256:" + h for h, n in pairs}
 
 def check_file(path, known, name):
     "SHA-256 of a file, which must have the checksum `known`: \"<sha256>\", \"md5:<hex>\", or \"\" if none is known. Raises DataError."
@@ -452,17 +456,26 @@ def get(name, retries=2):
 # %% ../nbs/05_datasets.ipynb #cell-61
 def read_flags(*paths, user, item, timestamp, flags, unit):
     """csv logs with one 0/1 column a behavior -> Events; `flags`: {column: behavior}, weak to strong; rows of a line stay in that order.
-    Raises DataError naming a missing column."""
-    wanted = [user, item, timestamp, *flags]
-    for p in paths:
-        found = pl.scan_csv(p).collect_schema().names()
-        lacking = [c for c in wanted if c not in found]
-        if lacking: raise DataError(f"{p}: columns {lacking} are missing; found {found}")
-    lines = pl.concat([pl.read_csv(p, columns=wanted, infer_schema=False) for p in paths])
+    Raises DataError naming a missing column, or the first row with a blank id, a time that is no whole number, or a flag that is neither 0 nor 1."""
+    if unit not in UNITS: raise DataError(f"unit={unit!r} is unknown; valid: {', '.join(map(repr, UNITS))}")
+    lines = pl.concat([_flag_lines(p, [user, item], timestamp, [*flags]) for p in paths])
     lines = lines.rename({user: "user", item: "item", timestamp: "timestamp", **flags}).with_row_index("line")
     frame = _one_row_a_flag(lines, list(flags.values()))
     counts = {"lines": len(lines), "lines without behavior": len(lines) - frame["line"].n_unique(), "events": len(frame)}
     return Events(frame.drop("line"), unit, ", ".join(Path(p).name for p in paths), counts)
+
+def _flag_lines(path, ids, timestamp, flags):
+    "The columns of one log, as text. Raises DataError."
+    wanted = [*ids, timestamp, *flags]
+    try: lines = pl.read_csv(path, infer_schema=False)
+    except pl.exceptions.PolarsError as e: raise DataError(f"{path}: cannot be read as csv ({' '.join(str(e).split())[:150]}); expected a header and as many fields in each row") from e
+    lacking = [c for c in wanted if c not in lines.columns]
+    if lacking: raise DataError(f"{path}: columns {lacking} are missing; found {lines.columns}")
+    rules = {c: (pl.col(c).str.strip_chars().fill_null("") != "", "a name") for c in ids} | {timestamp: (pl.col(timestamp).cast(pl.Int64, strict=False).is_not_null(), "a whole number")}
+    for c, (good, expected) in (rules | {c: (pl.col(c).is_in(["0", "1"]).fill_null(False), "0 or 1") for c in flags}).items():
+        bad = lines.select(pl.arg_where(~good)).to_series()
+        if len(bad): raise DataError(f"{path}: row {bad[0]} (counted from 0), column {c}: found {lines[c][bad[0]]!r}, expected {expected}; {len(bad):,} such row{'s' * (len(bad) > 1)}")
+    return lines.select(wanted)
 
 def _one_row_a_flag(lines, behaviors):
     rows = lines.unpivot(on=behaviors, index=["line", "user", "item", "timestamp"], variable_name="behavior", value_name="on")
@@ -471,16 +484,20 @@ def _one_row_a_flag(lines, behaviors):
     return rows.select("line", "user", "item", "behavior", pl.col("timestamp").cast(pl.Int64), pl.col("row").cast(pl.Int64))
 
 # %% ../nbs/05_datasets.ipynb #cell-64
-def read_shop(size="small", **changes):
-    "Events of the synthetic shop; `changes` are fields of `ToyShop`."
-    return toyshop.make_shop(replace(toyshop.SIZES[size], **changes)).events
+def make_shop(size="small", **changes):
+    "The synthetic shop; `changes` are fields of `ToyShop`. Raises DataError for an unknown size."
+    if size not in toyshop.SIZES: raise DataError(f"toyshop: data.size={size!r} is unknown; valid: {', '.join(toyshop.SIZES)}")
+    return toyshop.make_shop(replace(toyshop.SIZES[size], **changes))
+
+def read_shop(**options):
+    "Events of the synthetic shop."
+    return make_shop(**options).events
 
 def shop_of(name, **options):
     "The generated Shop behind a data set, with the same options as `load`; None for a set that nobody generated."
     s = find_row(name)
     if s.reader != "shop": return None
-    how = with_options(s, options).read
-    return toyshop.make_shop(replace(toyshop.SIZES[how["size"]], **{k: v for k, v in how.items() if k != "size"}))
+    return make_shop(**with_options(s, options).read)
 
 # %% ../nbs/05_datasets.ipynb #cell-66
 RATINGS = ("dislike", "neutral", "like")
@@ -503,25 +520,63 @@ def rating_behaviors(events):
 READERS = {"events": read_events, "lists": read_lists, "user_lists": read_user_lists, "flags": read_flags, "shop": read_shop}
 
 def _keywords(call):
-    return {p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 def read_options(s):
-    "Names of the options that the reader of a row accepts."
-    return {f.name for f in fields(toyshop.ToyShop)} | {"size"} if s.reader == "shop" else _keywords(READERS[s.reader])
+    "{option: its default} of the reader of a row."
+    return {f.name: f.default for f in fields(toyshop.ToyShop)} | {"size": "small"} if s.reader == "shop" else _keywords(READERS[s.reader])
 
 def build_options(s):
-    "Names of the options that the split of a row accepts."
-    return _keywords(from_lists if s.reader == "lists" else from_events) - {"name"}
+    "{option: its default} of the split of a row."
+    known = _keywords(from_lists if s.reader == "lists" else from_events)
+    return {k: default for k, default in known.items() if k not in ("name", "valid")}
+
+# %% ../nbs/05_datasets.ipynb #cell-71
+def texts(value):
+    "An option with its names as text, also inside of lists (which become tuples) and dicts."
+    if isinstance(value, dict): return {texts(k): texts(v) for k, v in value.items()}
+    if isinstance(value, list | tuple): return tuple(map(texts, value))
+    return str(value) if isinstance(value, Real) else value
+
+def _is_text(v): return isinstance(v, str | Path)
+def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool)
+def _are(test, v): return isinstance(v, list | tuple) and all(map(test, v))
+
+KINDS = {"a name": _is_text,
+         "a list of names, such as ['view', 'buy']": partial(_are, _is_text),
+         "a name, or a list of them such as ['cart', 'buy']": lambda v: _is_text(v) or _are(_is_text, v),
+         "names by name, such as {'user': 'visitorid'}": lambda v: isinstance(v, dict) and all(_is_text(x) or x is None for x in v.values()),
+         "True or False": lambda v: isinstance(v, bool),
+         "a whole number, 0 or more": lambda v: _is_number(v) and isinstance(v, Integral) and v >= 0,
+         "a number": _is_number,
+         "a list of numbers, such as [0.8, 0.9]": partial(_are, _is_number)}
+NAME, NAMES, SOME_NAMES, NAME_OF, YES, COUNT, NUMBER, NUMBERS = KINDS
+BY_DEFAULT = {bool: YES, int: COUNT, float: NUMBER, tuple: NUMBERS}
+BY_OPTION = {"names": NAMES, "behaviors": NAMES, "target": SOME_NAMES, "group": SOME_NAMES, "columns": NAME_OF, "behavior_names": NAME_OF, "flags": NAME_OF, "cuts": NUMBERS}
+
+def read_option(name, key, value, default):
+    "The value of an option of the data set `name`, its names as text. DataError where it is of another kind."
+    kind = BY_OPTION.get(key) or BY_DEFAULT.get(type(default), NAME)
+    own = texts(value) if kind in (NAME, NAMES, SOME_NAMES, NAME_OF) else value
+    if KINDS[kind](own) or (value is None and default is None): return own
+    raise DataError(f"{name}: data.{key}={value!r}: expected {kind}")
+
+def check_options(s, options):
+    "The options of `load` for a row, each of its kind. Raises DataError naming an unknown one, the nearest valid one and all of them, or what was expected."
+    known = dict(sorted((read_options(s) | build_options(s) | {"ratings": False, "users": 0}).items()))
+    for key in options:
+        if key not in known: raise DataError(f"{s.name}: unknown data option {key!r}; nearest: {nearest(key, known)}; valid: {', '.join(known)}")
+    return {key: read_option(s.name, key, value, known[key]) for key, value in options.items()}
 
 def with_options(s, options):
-    "The row with overrides in place. Raises DataError naming an unknown option, the nearest valid one and all of them."
-    reads, builds = read_options(s), build_options(s)
-    valid = sorted(reads | builds | {"ratings", "users"})
-    for key in options:
-        if key not in valid: raise DataError(f"{s.name}: unknown data option {key!r}; nearest: {nearest(key, valid)}; valid: {', '.join(valid)}")
-    return replace(s, read=s.read | {k: options[k] for k in reads & options.keys()}, build=s.build | {k: options[k] for k in builds & options.keys()})
+    "The row with overrides in place. Raises DataError as `check_options` does, and where nothing says what ready-made rows ask for."
+    given = check_options(s, options)
+    own = lambda known: {k: v for k, v in given.items() if k in known}
+    row = replace(s, read=s.read | own(read_options(s)), build=s.build | own(build_options(s)))
+    if row.reader == "lists" and "target_behavior" not in row.read: raise DataError(f"{s.name}: ready-made rows do not say which behavior they ask for; name it: -p set data.target_behavior=buy")
+    return row
 
-# %% ../nbs/05_datasets.ipynb #cell-72
+# %% ../nbs/05_datasets.ipynb #cell-74
 READABLE = (".csv", ".tsv", ".parquet", ".inter")
 
 def path_spec(path):
@@ -529,19 +584,19 @@ def path_spec(path):
     path = Path(path).expanduser().absolute()
     if path.is_file(): return DataSpec(path.stem, f"file {path.name}", str(path.parent), {path.name: ""}, time="detected")
     found = sorted(p for p in path.iterdir() if p.suffix in READABLE)
-    pair = [p for end in (".train.inter", ".test.inter") for p in found if p.name.endswith(end)]
-    if len(pair) == 2:
+    pair = [p for end in (".train.inter", ".test.inter", ".valid.inter") for p in found if p.name.endswith(end)]
+    if [p.stem.rpartition(".")[2] for p in pair] in (["train", "test"], ["train", "test", "valid"]):
         return DataSpec(path.name, f"folder {path.name}", str(path), {p.name: "" for p in pair}, reader="lists", target="given", time="order")
     if len(found) == 1: return replace(path_spec(found[0]), name=path.name)
     raise DataError(f"{path}: found {len(found)} readable files ({', '.join(p.name for p in found[:5]) or 'none'}), "
-                    f"expected one of {', '.join(READABLE)} or a pair .train.inter and .test.inter; name the file")
+                    f"expected one of {', '.join(READABLE)} or a pair .train.inter and .test.inter (and .valid.inter, if you like); name the file")
 
 def find_row(name):
     "Row of a name, or of a path."
     if isinstance(name, DataSpec) or name in TABLE or not Path(str(name)).expanduser().exists(): return spec(name)
     return path_spec(name)
 
-# %% ../nbs/05_datasets.ipynb #cell-75
+# %% ../nbs/05_datasets.ipynb #cell-77
 def find_or_get(s):
     """(row, folder) of the files; a set that comes in a wheel is fetched now, and its twin is taken when that fails.
     Raises DataError, one line."""
@@ -562,19 +617,21 @@ def read_files(s, folder):
     call, paths = READERS[s.reader], [folder / f for f in s.files]
     return ([call(p, **s.read) for p in paths] if s.reader == "lists" else [call(*paths, **s.read)]), sums
 
-# %% ../nbs/05_datasets.ipynb #cell-76
+# %% ../nbs/05_datasets.ipynb #cell-78
 def load(name, **options) -> Sequences:
     """Sequences of a data set, by its name in the table or by a path; options are those of its reader and of its split.
 
     `ratings=True` derives behaviors from ratings; `users=N` takes N users, evenly spread, and keeps the catalogue. `counts["file"]` of the result holds what reading counted and
     `counts["sha256"]` the checksums of what was read. Raises DataError, one line, for a set that is absent, damaged or unreadable."""
     s = find_row(name)
+    options = check_options(s, options)
     row, folder = (s, None) if s.reader == "shop" else find_or_get(s)
     ratings, users = options.pop("ratings", False), options.pop("users", 0)
     row = with_options(rated(row) if ratings else row, options)
     data, sums = read_files(row, folder)
     if ratings: data = [rating_behaviors(d) for d in data]
-    built = (from_lists if row.reader == "lists" else from_events)(*data, name=row.name, **row.build)
+    valid = {"valid": data[2]} if len(data) > 2 else {}
+    built = (from_lists if row.reader == "lists" else from_events)(*data[:2], **valid, name=row.name, **row.build)
     counts = {"file": data[0].counts if len(data) == 1 else [d.counts for d in data], "sha256": sums} | built.counts
     built = replace(built, name=one_name(row, built), counts=counts)
     return some_users(built, users) if users else built
@@ -584,7 +641,7 @@ def one_name(s, built):
     twin = next((t for t in TABLE.values() if t.twin == s.name and t.split_hash), None)
     return twin.name if twin and built.split_hash == twin.split_hash else s.name
 
-# %% ../nbs/05_datasets.ipynb #cell-83
+# %% ../nbs/05_datasets.ipynb #cell-85
 ML_ITEM = DataSpec("ml-100k-items", "titles, years and genres of MovieLens 100k", "ml-100k-items", {"ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"},
     source=replace(ML_100K.source, members=("recbole/dataset_example/ml-100k/ml-100k.item",)))
 ML_TEXT = DataSpec("ml100k_text", "texts on the films of MovieLens 100k, by a language model", "ml100k_text",
@@ -625,7 +682,7 @@ SIDE_TABLES = {"toyshop": (shop_side, ("text", "attributes")), "ml-100k": (film_
                "beauty": (product_side, ("text", "attributes", "similar"))}
 OTHER_NAMES = {"beauty": product_numbers}           # what files of a set may call its items: {that: how the sequences call it}
 
-# %% ../nbs/05_datasets.ipynb #cell-85
+# %% ../nbs/05_datasets.ipynb #cell-87
 SIDE_OPTIONS = (*SIDES, "ids", "encoder", "shuffled")
 
 def own_file(name, given):
@@ -662,7 +719,7 @@ def load_items(name, sequences, wanted, options=(), **given):
     if lost := [k for k in mixed if k not in made]: raise DataError(f"data.shuffled={lost[0]}: the model reads no such table here; it reads {', '.join(made.names) or 'none'}")
     return made
 
-# %% ../nbs/05_datasets.ipynb #cell-89
+# %% ../nbs/05_datasets.ipynb #cell-91
 def _here(s):
     return "generated" if not s.files else "yes" if locate(s) else "no"
 

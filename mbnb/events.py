@@ -128,7 +128,8 @@ def _judge(faults, n, source, locate, on_bad_rows, bad_rows_to):
     if len(bad) > MOST_BAD * n:
         raise DataError(f"{_tell(bad, locate(bad['row'].head(NAMED)), n, source)}\nThat is {len(bad) / n:.1%}, and quarantine takes at most {MOST_BAD:.0%}: "
                         "nothing was set aside. Check columns, sep and encoding, or correct the file.")
-    _write_bad_rows(bad_rows_to, bad, locate(bad["row"]), source)
+    try: _write_bad_rows(bad_rows_to, bad, locate(bad["row"]), source)
+    except OSError as e: raise DataError(f"bad_rows_to={str(bad_rows_to)!r}: cannot be written ({e.strerror}); name a file in a folder that can be") from e
     return bad
 
 def _check_policy(on_bad_rows, bad_rows_to, duplicates="keep"):
@@ -486,7 +487,7 @@ def _check_columns(columns, found, source):
 # %% ../nbs/00_events.ipynb #cell-52
 def _map_columns(found, columns, behavior, source, sep=None):
     """{our name: file column} of a file with the columns `found`; timestamp may be left out. Raises DataError for a missing or doubtful column."""
-    columns = dict(columns or {})
+    columns = {ours: name if name is None else str(name) for ours, name in dict(columns or {}).items()}          # a table without a header has numbers for names
     _check_columns(columns, found, source)
     taken = {o: next((n for n in TAKEN[o] if n in found and n not in columns.values()), None) for o in OURS if o not in columns}
     chosen = {o: n for o, n in ({**taken, **columns}).items() if n is not None}
@@ -738,6 +739,7 @@ def read_lists(path, *, target_behavior, behavior_names=None, columns=None, sep=
     _check_policy(on_bad_rows, bad_rows_to)
     t = _open_text(path, sep, encoding)
     chosen = LIST_COLUMNS | dict(columns or {})
+    if len(chosen) > len(LIST_COLUMNS): raise DataError(f"{t.path.name}: columns names {list(chosen)[-1]!r}, which is no part of ready-made rows; valid: {', '.join(LIST_COLUMNS)}")
     missing = [c for c in chosen.values() if c not in t.names]
     if missing: raise DataError(f"{t.path.name}: no column {', '.join(map(repr, missing))}; found: {', '.join(map(_short, t.names[:20]))}. "
                                 f"A file of one event per row is read by read_events; else name the columns with columns={{...}}, keys {', '.join(LIST_COLUMNS)}.{_sep_hint(t.names, t.file_sep)}")

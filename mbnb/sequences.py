@@ -298,7 +298,8 @@ def some_users(s, n):
 def _behavior_order(found, declared, name):
     "int32 map from the file's behavior codes to 0..C-1 in declared order (else sorted), and the tokens."
     if declared is None: return np.arange(len(found), dtype=np.int32), tuple(found)
-    missing = [b for b in found if b not in declared]
+    missing, twice = [b for b in found if b not in declared], [b for b in declared if list(declared).count(b) > 1]
+    if twice: raise DataError(f"{name}: behaviors={list(declared)} names {twice[0]!r} twice; expected each behavior once")
     if missing: raise DataError(f"{name}: behaviors {missing} occur in the file but not in behaviors={list(declared)}; add them or filter them out first")
     return np.array([declared.index(b) for b in found], np.int32), tuple(declared)
 
@@ -346,6 +347,8 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
     flat.user, users = _renumber(flat.user, users); flat.item, items = _renumber(flat.item, items)
     _tell(name, "splitting", len(flat.user))
     used, left = _renumber(flat.behavior, found)
+    gone = [found[w] for w in wanted if found[w] not in left]
+    if gone: raise DataError(f"{name}: no event of target behavior {gone[0]!r} is left of {counts['read']['events']:,} with min_user={min_user}, min_item={min_item}, collapse={collapse}; lower the floors of the core, or ask for a behavior that is more frequent")
     place, behaviors = _behavior_order(list(left), behaviors, name)
     wanted = tuple(int(place[list(left).index(found[w])]) for w in wanted)
     flat.behavior = place[used]
@@ -434,6 +437,7 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
     held = (part == 2) if valid is not None else (part == 0) & in_valid_family(items, valid_share)[code[offsets[:-1]]]
     parts = cases.take((part == 0) & ~held), cases.take(held), cases.take(part == 1)
     if not len(parts[1]): raise DataError(f"{name}: validation by prefix family holds no row (of {int((part == 0).sum())}); raise valid_share or give valid=")
+    if not len(parts[0]): raise DataError(f"{name}: valid_share={valid_share} leaves none of the {int(held.sum())} rows to train on; lower it")
     how = {"kind": "given", "valid": "file" if valid is not None else "prefix family", "valid_share": valid_share}
     return _finish(Sequences(name, np.arange(len(n)).astype(str).astype(object), np.append("", items).astype(object), ("", *behaviors), offsets,
                              code[:events] + np.int32(1), kind[:events], time, np.ones(events, bool), *parts, unit="order", labels=labels,

@@ -55,6 +55,18 @@ def test_data_in_words(mbnb):
     assert "toyshop" in out
 
 
+@pytest.mark.parametrize(("argv", "told"), [
+    (["a.json"], "a.json: found list, expected an object of parameters"),
+    (["--stage", "d"], "--stage d: d is no stage; expected letters out of D"),
+    (["first", "-p", "doctor", "warn"], "-p doctor warn and first: expected one of the two"),
+])
+def test_the_doctor_says_what_it_cannot_look_at(mbnb, tmp_path, argv, told):
+    (tmp_path / "a.json").write_text("[1]")
+    status, out, err = mbnb("doctor", *argv)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert told in err
+
+
 @ready
 def test_notebooks_are_copied_once(mbnb, tmp_path):
     assert mbnb("notebooks", "mine")[0] == 0
@@ -103,6 +115,7 @@ def test_ctrl_c_ends_in_one_line_and_a_run_that_goes_on(tmp_path):
     while not child.stdout.readline().startswith("untrained"): assert child.poll() is None
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (130, "mbnb: interrupted; a run that had begun goes on with `mbnb train -p resume long`\n")
+    assert (child.returncode, err) == (130, "mbnb: interrupted; a run that had begun goes on with "
+                                             f"`mbnb train -p resume long -p runs_dir {tmp_path / 'runs'}`\n")
     status = json.loads((tmp_path / "runs" / "long" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "signal SIGINT")

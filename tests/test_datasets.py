@@ -55,8 +55,8 @@ def test_defaults(name):
 def test_row_is_complete(name):
     s = TABLE[name]
     assert s.name == name and s.title and s.terms and s.reader in datasets.READERS
-    assert set(s.build) <= datasets.build_options(s), "an argument that the split does not know"
-    assert set(s.read) <= datasets.read_options(s) | set(datasets.inspect.signature(datasets.READERS[s.reader]).parameters)
+    assert set(s.build) <= datasets.build_options(s).keys(), "an argument that the split does not know"
+    assert set(s.read) <= datasets.read_options(s).keys() | set(datasets.inspect.signature(datasets.READERS[s.reader]).parameters)
     assert s.target in ("next event", *s.build.get("behaviors", ()), "buy (given)")
     assert all(len(h) in (0, 64) or h.startswith("md5:") for h in (s.files | s.extra).values())
     assert s.reader == "shop" or (s.files and s.source and s.source.page)
@@ -174,6 +174,18 @@ def test_own_file_by_a_relative_path(tmp_path, monkeypatch):
     assert "file a.csv" in describe("deeper/a.csv") and str(tmp_path / "deeper") in describe("deeper/a.csv")
 
 
+def test_behaviors_that_are_coded_by_numbers(tmp_path):
+    path = log(tmp_path / "a.csv", header="user,item,behavior,timestamp")
+    path.write_text(path.read_text().replace("view", "1").replace("buy", "2"))
+    from mbnb.experiment import configure, data_of
+    for given in ("data.target=2 data.behaviors=[1,2]", "data.target='2' data.behaviors=('1','2')"):
+        built = data_of(configure(dataset=str(path), set=given))
+        assert built.behaviors == ("", "1", "2") and built.target_behaviors == (2,)
+    says(configure, dataset=str(path), set="data.behaviors=1", contains=["a: data.behaviors=1: expected a list of names"])
+    says(load, path, users="all", contains=["a: data.users='all': expected a whole number"])
+    says(load, "toyshop", size="huge", contains=["data.size='huge' is unknown; valid: tiny"])
+
+
 def test_own_folder(tmp_path):
     log(tmp_path / "events.csv")
     (tmp_path / "README.md").write_text("notes")
@@ -188,8 +200,12 @@ def test_own_list_rows(tmp_path):
     rows = [f"{k}\ti{k} i{k + 1}\t2 1\ti{k}\n" for k in range(40)]
     (tmp_path / "x.train.inter").write_text(header + "".join(rows))
     (tmp_path / "x.test.inter").write_text(header + "".join(rows[:4]))
+    says(load, tmp_path, contains=[tmp_path.name, "-p set data.target_behavior=buy"])
     built = load(tmp_path, target_behavior="buy")
     assert built.split["kind"] == "given" and len(built.train) + len(built.valid) == 40
+    (tmp_path / "x.valid.inter").write_text(header + "".join(rows[:3]))
+    built = load(tmp_path, target_behavior="buy")
+    assert built.split["valid"] == "file" and [len(built.cases(split)) for split in ("train", "valid", "test")] == [40, 3, 4]
 
 
 def test_own_file_that_is_not_there(tmp_path):
