@@ -17,7 +17,7 @@ from . import datasets
 from .checks import SIZES
 from .doctor import THRESHOLDS, limits, mute
 from .evaluators import protocols
-from .fit import FitConfig, Stage
+from .fit import FitConfig, Stage, check_fit
 from .repeat import losses_of
 from .settings import ANY, SOME, in_range, one_of
 from .zoo import LOSSES, ConfigError, loss_class, model_class, nearest, unknown
@@ -214,6 +214,7 @@ def make_config(**parameters):
     of_stages, weights = {k: wanted.pop(k) for k in STAGE_KEYS if k in wanted}, check_type("fit.loss_weights", wanted.pop("loss_weights", {}), {})
     fit_config = override(FitConfig(), preset["fit"] | wanted, "fit", (*STAGE_KEYS, "loss_weights"))
     stages = tuple(override(replace(Stage(**s | {"loss_weights": s.get("loss_weights", {}) | weights}), **{"lr": 0.} if "lr" in own else {}), own, "fit") for s, own in zip(preset["stages"], by_stage(of_stages, preset["stages"])))        # a rate that is given takes the place of one for each sub-module
+    check_fit(fit_config, stages)
     evaluation = EvalConfig(tuple(protocols.parse(p["protocol"])) if p["protocol"] else tuple(spec.protocols), p["seen_filter"] or spec.seen_filter, p["select_on"])
     evaluation = enough_candidates(override(evaluation, given["eval"], "eval"))
     model = check_model(cls, p["model"], advice["model"] | {k: p[k] for k in ("max_len",) if p[k]} | given["model"])
@@ -236,7 +237,7 @@ def enough_candidates(evaluation):
 
 def data_options(spec, options):
     "The `data.` options, known to the data set's reader and split."
-    datasets.with_options(spec, {k: v for k, v in options.items() if k not in ("ratings", "users")})
+    datasets.with_options(spec, options)
     return options
 
 def check_model(cls, name, overrides):
