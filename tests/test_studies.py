@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 STUDIES = Path(__file__).parents[1] / "nbs" / "studies"
@@ -34,6 +35,30 @@ def test_a_study_has_parameters_outputs_and_run_ids(name):
     shown = json.dumps([c["outputs"] for c in cells])
     assert not [c["source"][:80] for c in cells if any(o["output_type"] == "error" for o in c["outputs"])]
     assert re.search(r"-s0-|-t00\d", shown), "no run id stands beside the numbers"
+
+
+def test_the_comparison_opens_with_what_its_stored_table_says():
+    table = pd.read_csv(STUDIES / "fair_comparison.csv")
+    first = "".join(json.loads((STUDIES / "fair_comparison.ipynb").read_text())["cells"][0]["source"])
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in first.splitlines() if re.match(r"\| [\w-]+ \| [\d,]+ \|", line)]
+    assert [row[0] for row in rows] == ["toyshop", "ml-100k", "taobao-category", "kuairand", "retail_beh"]
+
+    def same(text, name, value):
+        said, number = text.split()[:2]
+        return said == name and round(value, len(number) - 1) == float(number)
+
+    for data, cases, rule, model, equal, above in rows:
+        t = table[table.dataset == data]
+        rules, models = t[t.reads == "rule"].set_index("model")["NDCG@10"], t[t.runs.notna()].set_index("model")
+        best = models[models["p the best"].isna()].iloc[0]
+        assert int(cases.replace(",", "")) == t.cases.iloc[0] and same(rule, rules.idxmax(), rules.max()), data
+        assert same(model, best.name, best["NDCG@10"]), data
+        for name, value in re.findall(r"\((\w+) \*untrained\* (\.\d+)\)", model):
+            assert models["chosen after"][name] == 0 and same(f"{name} {value}", name, models["NDCG@10"][name])
+        level = {m for m, p in models["p the best"].items() if p >= 0.05}
+        told = {"none": set(), "none, by one run each": set(), "seven others": level if len(level) == 7 else {"?"}}
+        assert told.get(equal, set(equal.split(", "))) == level, data
+        assert above == f"{(models['NDCG@10'] > rules.max()).sum()} of {len(models)}", data
 
 
 def break_me(fault, tmp_path):
