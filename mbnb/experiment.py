@@ -513,7 +513,7 @@ def examine(config, run, parts, rules, say):
     "Preflight, written down and said -> Findings, or None without a doctor; those of a resumed run are read. Raises DoctorError where an E stops the run."
     if config.parameters["doctor"] == "off": return None
     before = load_run(run.path)
-    if before.checkpoints: return Findings(run, say, config.mute, read_cards(before.cards))         # without one it begins anew, and is looked at anew
+    if before.checkpoints and before.cards is not None: return Findings(run, say, config.mute, read_cards(before.cards))         # else it begins anew, or nobody looked: it is looked at now
     run.status("running", "preflight")
     findings, cards = Findings(run, say, config.mute), preflight(config, parts, baseline_table(rules))
     say(f"doctor: {tally(cards)}")
