@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'TEXTS', 'WORDS', 'changed', 'run_changes', 'own_protocol', 'values', 'against', 'training_seconds',
-           'about', 'slice_means', 'change_rows', 'n_seeds', 'kept_rows', 'words_for', 'with_verdicts', 'change_table',
-           'change_figure', 'change_words']
+           'about', 'slice_means', 'change_rows', 'n_seeds', 'kept_rows', 'words_for', 'verdict', 'with_verdicts',
+           'change_table', 'change_figure', 'change_words']
 
 # %% ../nbs/26b_ablation.ipynb #cell-2
 import shlex
@@ -100,16 +100,23 @@ def kept_rows(file, new=None, write=True):
     return put(list(new))
 
 # %% ../nbs/26b_ablation.ipynb #cell-14
-WORDS = {"helps": "#009E73", "hurts": "#D55E00", "higher on this run": "#56B4E9", "lower on this run": "#E69F00", "no visible change": "#777777"}
+WORDS = {"helps": "#009E73", "hurts": "#D55E00", "higher on this run": "#56B4E9", "lower on this run": "#E69F00", "not with each seed": "#CC79A7", "no visible change": "#777777"}
 
 def words_for(each_seed):
-    "The three verdicts, up, down and neither, for as many seeds as have a difference in the text."
-    return ("helps", "hurts", "no visible change") if len(each_seed.split()) >= 3 else ("higher on this run", "lower on this run", "no visible change")
+    "The verdicts that can be, for as many seeds as have a difference in the text."
+    return ("helps", "hurts", "not with each seed", "no visible change") if len(each_seed.split()) >= 3 else ("higher on this run", "lower on this run", "no visible change")
+
+def verdict(difference, p, each_seed):
+    "One of WORDS, of a row's difference, its corrected p and the differences of its seeds as text."
+    up, down, *other = words_for(each_seed)
+    if p >= .05: return other[-1]
+    turned = len(other) > 1 and any(float(d) * difference < 0 for d in each_seed.split())
+    return other[0] if turned else up if difference > 0 else down
 
 def with_verdicts(rows):
     "The changes among rows of one base, best first, with a column `verdict`."
     t = rows[rows.change != ""].sort_values("NDCG@10", ascending=False, ignore_index=True)
-    return t.assign(verdict=[words_for(seeds)[2 if p >= .05 else 0 if d > 0 else 1] for p, d, seeds in zip(t["p Holm"], t.difference, t["each seed"])])
+    return t.assign(verdict=[verdict(*row) for row in zip(t.difference, t["p Holm"], t["each seed"])])
 
 def change_table(rows):
     "Rows of one base as a table to read, the base on top."

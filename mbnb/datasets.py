@@ -593,7 +593,7 @@ def path_spec(path):
 
 def find_row(name):
     "Row of a name, or of a path."
-    if isinstance(name, DataSpec) or name in TABLE or not Path(str(name)).expanduser().exists(): return spec(name)
+    if isinstance(name, DataSpec) or name in TABLE or not str(name).strip() or not Path(str(name)).expanduser().exists(): return spec(name)
     return path_spec(name)
 
 # %% ../nbs/05_datasets.ipynb #cell-77

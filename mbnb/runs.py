@@ -389,7 +389,7 @@ def create(cls: RunFolder, runs_dir, run_id):
 def refuse_existing(path):
     "RunError when the folder holds a run."
     if not (path / "status.json").exists(): return
-    status = derived_status(read_json(path / "status.json"))
+    status = derived_status(path)
     busy = f", process {status.get('pid')} is writing it" if status["state"] in LIVE else ""
     raise RunError(f"{path}: this run exists already (state {status['state']}{busy}); resume it, or choose another run_name")
 
@@ -474,8 +474,11 @@ def __exit__(self: RunFolder, kind, error, trace):
     except RunError as e: error.add_note(f"and the run folder could not be closed: {e}")
 
 # %% ../nbs/11_runs.ipynb #cell-57
-def derived_status(status):
-    "What a status.json is worth now: 'crashed' when it says that the run works and its process is gone."
+def derived_status(path):
+    "What the status.json of a run folder is worth now: 'crashed' when it says that the run works and its process is gone. RunError where it cannot be read."
+    file = Path(path) / "status.json"
+    status = read_json(file)
+    if not isinstance(status, dict) or "state" not in status: raise RunError(f"{file}: expected an object with a state, found {str(status)[:60]}; write one ({{\"state\": \"stopped\"}} for a run to go on with), or remove the folder")
     if status.get("state") not in LIVE or is_alive(status): return status
     age = max(0, time.time() - (status.get("heartbeat") or 0))
     reason = f"process {status.get('pid')} is gone; it was {status.get('state')}, last sign of life {age:.0f} s ago"
@@ -538,7 +541,7 @@ class Run:
     @property
     def status(self):
         "status.json, with the state 'crashed' when the process is gone."
-        return derived_status(read_json(self.path / "status.json"))
+        return derived_status(self.path)
 
     def _json(self, name, absent): return read_json(self.path / name) if (self.path / name).exists() else absent
     def _note(self, notes): self.notes += [note for note in notes if note not in self.notes]
@@ -923,10 +926,11 @@ def git_commit(folder):
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 def cpu_model():
-    "The processor's name, as the system gives it."
+    "The processor as the system names it, with family and model: a virtual machine often tells no more than the maker."
     path = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", path.read_text(), re.M) if path.exists() else []
-    return names[0] if names else platform.processor()
+    told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", path.read_text(), re.M)) if path.exists() else {}
+    number = f" (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else ""
+    return told["model name"] + number if "model name" in told else platform.processor()
 
 # %% ../nbs/11_runs.ipynb #cell-114
 def environment():
@@ -941,7 +945,7 @@ def environment():
     return {"python": platform.python_version(), "system": platform.platform(), "packages": packages,
             "torch": torch.__version__ if torch else None, "threads": torch.get_num_threads() if torch else None,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-            "cpu": cpu_model(), "cores": os.cpu_count(), "git": git_commit(Path(__file__).resolve().parent.parent) if "__file__" in globals() else None,
+            "cpu": cpu_model(), "vectors": torch.backends.cpu.get_cpu_capability() if torch else None, "cores": os.cpu_count(), "git": git_commit(Path(__file__).resolve().parent.parent) if "__file__" in globals() else None,
             "variables": {k: os.environ[k] for k in ENV_ALLOWED if k in os.environ}}
 
 RESULT_KEYS = ("run_id", "model", "preset", "dataset", "loss", "protocol", "fingerprint", "fingerprints", "n_cases", "best_epoch", "epochs",

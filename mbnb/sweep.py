@@ -314,7 +314,7 @@ def measure(path):
 def folder_state(path):
     "-> (state, reason) of a run folder, ('', '') where there is none."
     if not (Path(path) / "status.json").exists(): return "", ""
-    status = derived_status(read_json(Path(path) / "status.json"))
+    status = derived_status(path)
     return status["state"], status.get("reason", "")
 
 def labels_trained(path, seen):

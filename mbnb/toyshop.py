@@ -55,18 +55,22 @@ class ToyShop:
     def shelves(self): return self.n_items // (self.types * self.brands)
 
 # %% ../nbs/01_toyshop.ipynb #cell-7
+def _odds(shares): return all(0 <= x <= 1 for x in shares)
+def _lognormal(pair): return len(pair) == 2 and pair[0] > 0 and pair[1] >= 0
+
 def _rules(c):
     "(holds, field, what is expected) of every rule a config must keep."
-    yield c.n_users > 0, "n_users", "a positive number"
+    for name in ("n_users", "n_items", "types", "brands", "circles", "styles"): yield getattr(c, name) > 0, name, "a positive number"
     yield c.shelves >= 2 and c.n_items % (c.types * c.brands) == 0, "n_items", f"a multiple of types x brands = {c.types * c.brands}, two shelves or more"
     yield 0 <= c.behavior_effect <= 1, "behavior_effect", "a share in 0..1"
-    for name in ("favorites", "arrive", "steps", "accessories"): yield abs(sum(getattr(c, name)) - 1) < 1e-9, name, "odds that add up to 1"
+    for name in ("favorites", "arrive", "steps", "accessories"): yield _odds(getattr(c, name)) and abs(sum(getattr(c, name)) - 1) < 1e-9, name, "odds that add up to 1"
     for name in ("wander", "loyal", "stroll", "complement", "after_cart"): yield 0 <= getattr(c, name) <= 1, name, "a share in 0..1"
     yield len(c.arrive) == 3, "arrive", "three odds: view, cart, buy"
-    yield len(c.after_view) == 2 and sum(c.after_view) < 1, "after_view", "two odds, cart and buy, that leave some people to move on"
+    yield len(c.after_view) == 2 and _odds(c.after_view) and sum(c.after_view) < 1, "after_view", "two odds, cart and buy, that leave some people to move on"
     yield len(c.favorites) <= c.shelves, "favorites", f"at most one a shelf, {c.shelves}"
     yield max(len(c.steps), len(c.accessories)) <= c.types, "types", "at least as many as there are steps and accessories"
-    yield 3 <= c.length[2] <= c.length[3], "length", "(median, sigma, least, most) with 3 <= least <= most"
+    yield len(c.length) == 4 and _lognormal(c.length[:2]) and 3 <= c.length[2] <= c.length[3], "length", "(median, sigma, least, most) with a positive median, sigma not below 0, 3 <= least <= most"
+    for name in ("gap", "pause"): yield _lognormal(getattr(c, name)), name, "a positive median and a sigma that is not below 0"
 
 def _check(c):
     for holds, name, expected in _rules(c):
