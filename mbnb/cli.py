@@ -94,7 +94,7 @@ def run_page(page, output, parameters):
     "Executes `page` with `parameters` by papermill into `output`; its text goes to stdout and stderr as it comes. Raises what the page raised."
     import papermill
     from traitlets.config import Config
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)       # what went wrong is raised, and said once
     with tempfile.TemporaryDirectory(prefix="mbnb-") as room:      # sockets in a folder of ours: no port that another user of the machine could reach
         local = Config({"KernelManager": {"transport": "ipc", "ip": f"{room}/kernel"}})
         papermill.execute_notebook(page, output, parameters, kernel_name="python3", progress_bar=False, autosave_cell_every=1,

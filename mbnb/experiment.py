@@ -226,7 +226,7 @@ class Control:
     "Obeys signals (SIGTERM, SIGINT: stop) and the requests of a run folder: stop, pause, resume, lr with `factor`; holds the run while its disk is full."
     def __init__(self, run, state, say=lambda line: None): self.run, self.state, self.say, self.reason, self.paused, self.full, self.looked, self.old = run, state, say, "", False, False, time.monotonic(), {}
     def __enter__(self):
-        def on_signal(number, frame): self.reason = f"signal {signal.Signals(number).name}"
+        def on_signal(number, frame): self.reason = self.reason or f"signal {signal.Signals(number).name}"          # the first one says why
         for s in (signal.SIGTERM, signal.SIGINT):
             try: self.old[s] = signal.signal(s, on_signal)
             except ValueError: pass                     # not the main thread: requests still work

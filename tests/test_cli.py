@@ -111,7 +111,8 @@ def test_a_run_from_the_command_line(mbnb, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_a_run_that_goes_on(tmp_path):
     command = [MBNB, "train", "-p", "dataset", "toyshop-tiny", "-p", "epochs", "4000", "-p", "patience", "4000", "-p", "run_name", "long"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)             # what a shell starts in the background does not hear it
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not child.stdout.readline().startswith("untrained"): assert child.poll() is None
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
