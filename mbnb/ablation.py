@@ -100,11 +100,11 @@ def kept_rows(file, new=None, write=True):
     return put(list(new))
 
 # %% ../nbs/26b_ablation.ipynb #cell-14
-WORDS = {"helps": "#009E73", "hurts": "#D55E00", "higher on this run": "#56B4E9", "lower on this run": "#E69F00", "not with each seed": "#CC79A7", "no visible change": "#777777"}
+WORDS = {"helps": "#009E73", "hurts": "#D55E00", "higher on these runs": "#56B4E9", "lower on these runs": "#E69F00", "not with each seed": "#CC79A7", "no visible change": "#777777"}
 
 def words_for(each_seed):
     "The verdicts that can be, for as many seeds as have a difference in the text."
-    return ("helps", "hurts", "not with each seed", "no visible change") if len(each_seed.split()) >= 3 else ("higher on this run", "lower on this run", "no visible change")
+    return ("helps", "hurts", "not with each seed", "no visible change") if len(each_seed.split()) >= 3 else ("higher on these runs", "lower on these runs", "no visible change")
 
 def verdict(difference, p, each_seed):
     "One of WORDS, of a row's difference, its corrected p and the differences of its seeds as text."
