@@ -148,4 +148,5 @@ def change_words(rows):
     listed = lambda word: ", ".join(f"{n} ({d:+.4f})" for n, d in zip(t.change[t.verdict == word], t.difference[t.verdict == word])) or "none"
     half = (t.high - t.low) / 2
     reach = f"±{half.min():.4f}" + (f" to ±{half.max():.4f}, by row" if len(t) > 1 else "")
-    return f"{'; '.join(f'{word}: {listed(word)}' for word in words_for(t['each seed'][0]))}. The intervals reach {reach}: a smaller change cannot be seen with these cases."
+    words = [w for w in words_for(t["each seed"][0]) if w != "not with each seed" or w in set(t.verdict)]
+    return f"{'; '.join(f'{word}: {listed(word)}' for word in words)}. The intervals reach {reach}: a smaller change cannot be seen with these cases."
