@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from .compare import CompareError, case_values, ensemble, read_entry
 from .evaluators.stats import compare, holm, over_seeds
-from .experiment import finished
+from .experiment import configure, finished
 
 # %% ../nbs/26b_ablation.ipynb #cell-5
 def changed(setting, change):
@@ -30,8 +30,9 @@ def changed(setting, change):
 def run_changes(base, changes, seeds=(0, 1, 2), runs_dir="runs", say=print):
     """{name: [Entry of each seed]}: of the base, under the name "", and of each change. base: {parameter of `nbs/train.ipynb`: value}; changes: {name: a text of `set`}.
     ConfigError where a setting is unknown, before anything runs in vain."""
-    def run(change, seed): return read_entry(finished(say, seed=seed, runs_dir=runs_dir, **base | {"set": changed(base.get("set", ""), change)}).path)
-    return {name: [run(change, seed) for seed in seeds] for name, change in ({"": ""} | changes).items()}
+    own = {name: base | {"set": changed(base.get("set", ""), change), "runs_dir": runs_dir} for name, change in ({"": ""} | changes).items()}
+    for parameters in own.values(): configure(**parameters)
+    return {name: [read_entry(finished(say, seed=seed, **parameters).path) for seed in seeds] for name, parameters in own.items()}
 
 # %% ../nbs/26b_ablation.ipynb #cell-8
 TOGETHER = "two runs together"
