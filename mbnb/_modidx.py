@@ -2753,6 +2753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbnb.sequences.at_labels': ('sequences.html#at_labels', 'mbnb/sequences.py'),
                                 'mbnb.sequences.batch_rows': ('sequences.html#batch_rows', 'mbnb/sequences.py'),
                                 'mbnb.sequences.batches': ('sequences.html#batches', 'mbnb/sequences.py'),
+                                'mbnb.sequences.behavior_blind': ('sequences.html#behavior_blind', 'mbnb/sequences.py'),
                                 'mbnb.sequences.check_ids': ('sequences.html#check_ids', 'mbnb/sequences.py'),
                                 'mbnb.sequences.collate': ('sequences.html#collate', 'mbnb/sequences.py'),
                                 'mbnb.sequences.cut': ('sequences.html#cut', 'mbnb/sequences.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'LARGE', 'Cases', 'Sequences', 'number_tokens', 'keep_core', 'split_leave_one_out', 'split_global_temporal',
-           'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'from_events',
+           'split_share_cuts', 'leak_panel', 'split_digest', 'check_ids', 'some_users', 'behavior_blind', 'from_events',
            'in_valid_family', 'from_lists', 'train_counts', 'unseen_items', 'Batch', 'collate', 'batch_rows', 'batches',
            'cut', 'forget', 'next_items', 'asked_behaviors', 'prefixes', 'Prediction', 'own_items', 'at_labels',
            'at_beginnings', 'item_scores', 'top_items']
@@ -295,6 +295,12 @@ def some_users(s, n):
                            **{k: getattr(s, k)[events] for k in ("item", "behavior", "time", "first")}))
 
 # %% ../nbs/03_sequences.ipynb #cell-32
+def behavior_blind(s):
+    "The same events and cases with one behavior, `any`, for all; what was asked for stays the target, and its name is gone as well."
+    one = {split: replace(s.cases(split), target_behavior=np.ones_like(s.cases(split).target_behavior)) for split in ("train", "valid", "test")}
+    return _finish(replace(s, name=f"{s.name}-blind", behavior=np.ones_like(s.behavior), behaviors=("", "any"), target_behaviors=s.target_behaviors and (1,), **one))
+
+# %% ../nbs/03_sequences.ipynb #cell-34
 def _behavior_order(found, declared, name):
     "int32 map from the file's behavior codes to 0..C-1 in declared order (else sorted), and the tokens."
     if declared is None: return np.arange(len(found), dtype=np.int32), tuple(found)
@@ -318,13 +324,13 @@ def _drop_short(flat, min_events, name):
                         "expected at most half. Is the user column right? Lower the filters, or choose another split")
     return flat.keep(n[flat.user] >= min_events), short
 
-# %% ../nbs/03_sequences.ipynb #cell-34
+# %% ../nbs/03_sequences.ipynb #cell-36
 LARGE = 2_000_000     # events from which on each long step is told
 
 def _tell(name, doing, events):
     if events >= LARGE: print(f"{name}: {doing} {events:,} events", file=sys.stderr, flush=True)
 
-# %% ../nbs/03_sequences.ipynb #cell-35
+# %% ../nbs/03_sequences.ipynb #cell-37
 def from_events(events, *, name, split="leave_one_out", target=None, behaviors=None, group=None, collapse=False,
                 min_user=0, min_item=0, cold="miss", cuts=None, cut_shares=(.8, .9), which="first", labels="all"):
     """Events -> Sequences.
@@ -362,7 +368,7 @@ def from_events(events, *, name, split="leave_one_out", target=None, behaviors=N
                              target_behaviors=tuple(w + 1 for w in wanted), counts=counts, labels=labels,
                              split=how | {"target": target, "group": group, "collapse": collapse, "min_user": min_user, "min_item": min_item, "cold": cold}))
 
-# %% ../nbs/03_sequences.ipynb #cell-36
+# %% ../nbs/03_sequences.ipynb #cell-38
 def _check_labels(labels, name):
     if labels not in ("all", "last"): raise DataError(f"{name}: labels={labels!r} is unknown; valid: 'all', 'last'")
 
@@ -406,7 +412,7 @@ def _usable(train, valid, test, flat, cold):
     if not len(test): raise DataError("no test case is left; check the target behavior and the split")
     return (train, valid, test), counts
 
-# %% ../nbs/03_sequences.ipynb #cell-47
+# %% ../nbs/03_sequences.ipynb #cell-49
 def in_valid_family(tokens, share=.1):
     "bool (n,): families whose first token hashes into the validation share (SHA-256, first 8 hex digits)."
     return np.array([int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < share for t in tokens], bool)
@@ -415,7 +421,7 @@ def _stack_lists(parts):
     "Several ListRows -> one frame with a `part` column, list rows in file order."
     return pl.concat([p.frame.select("items", "behaviors", "target", "target_behavior").with_columns(part=pl.lit(k)) for k, p in enumerate(parts)])
 
-# %% ../nbs/03_sequences.ipynb #cell-48
+# %% ../nbs/03_sequences.ipynb #cell-50
 def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", valid_share=.1):
     """ListRows -> Sequences, split "given". Without `valid`, validation is drawn by prefix family (`valid_share` of the families).
     Each row is a sequence of its own; the user is its row number, counted over the files. Raises DataError naming what was found."""
@@ -444,7 +450,7 @@ def from_lists(train, test, *, name, valid=None, behaviors=None, labels="last", 
                              target_behaviors=tuple(int(b) for b in np.unique(cases.target_behavior)), split=how,
                              counts={"rows": len(n), "events": events, "items": len(items)}))
 
-# %% ../nbs/03_sequences.ipynb #cell-51
+# %% ../nbs/03_sequences.ipynb #cell-53
 def train_counts(sequences):
     "int64 (V,): training events per item, targets included; 0 for the pad and for cold items."
     s, n = sequences, len(sequences.items)
@@ -454,7 +460,7 @@ def unseen_items(sequences):
     "Ids of the items that stand in no training case, neither read nor asked for; int64 (n,)."
     return np.flatnonzero(train_counts(sequences)[1:] == 0) + 1
 
-# %% ../nbs/03_sequences.ipynb #cell-54
+# %% ../nbs/03_sequences.ipynb #cell-56
 @dataclass(frozen=True)
 class Batch:
     "B cases as tensors, left-padded with 0 to a common length L; ids int64."
@@ -476,7 +482,7 @@ class Batch:
         move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}, extra={k: move(v) for k, v in self.extra.items()})
 
-# %% ../nbs/03_sequences.ipynb #cell-55
+# %% ../nbs/03_sequences.ipynb #cell-57
 def collate(s, cases, rows, max_len):
     "The cases `rows` of `cases` as one Batch; the newest `max_len` events of each stay."
     stop, start = cases.stop[rows], cases.start[rows]
@@ -500,7 +506,7 @@ def _label_mask(s, index, real):
     else: mask = np.append(s.first, True)[index + 1] & real
     return {"label_mask": torch.from_numpy(mask)}
 
-# %% ../nbs/03_sequences.ipynb #cell-56
+# %% ../nbs/03_sequences.ipynb #cell-58
 def batch_rows(length, size, tokens=None, rng=None, pool=64):
     """Rows (indices into `length` (N,)) batch by batch: at most `size` rows and, with `tokens`, at most that many slots of padded width.
     Rows of like length go together: within `pool` batches of a random order when `rng` (torch.Generator) is given, else over all rows."""
@@ -523,7 +529,7 @@ def batches(s, cases, size, max_len, *, rng=None, tokens=None, skip=0, every=1, 
         if part: rows = rows[part[0]::part[1]]
         yield collate(s, cases, rows, max_len) if len(rows) else None
 
-# %% ../nbs/03_sequences.ipynb #cell-58
+# %% ../nbs/03_sequences.ipynb #cell-60
 def cut(batch, pieces):
     "A Batch in at most `pieces` pieces of like size, rows in their order."
     n, parts = len(batch), min(pieces, len(batch))
@@ -532,7 +538,7 @@ def cut(batch, pieces):
     edges = [n * k // parts for k in range(parts + 1)]
     return [Batch(**{f.name: piece(getattr(batch, f.name), a, b) for f in fields(batch) if f.name != "extra"}, extra={k: piece(v, a, b) for k, v in batch.extra.items()}) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/03_sequences.ipynb #cell-61
+# %% ../nbs/03_sequences.ipynb #cell-63
 def forget(batch, share, rng):
     "A Batch in which each row has, with chance `share`, lost its oldest events: 1 .. n of its n are left, every number equally likely. rng: a torch.Generator."
     n, width = batch.length, batch.item_seq.shape[1]
@@ -541,7 +547,7 @@ def forget(batch, share, rng):
     lost = torch.arange(width, 0, -1) > left[:, None]
     return replace(batch, length=left, **{k: getattr(batch, k).masked_fill(lost, 0) for k in ("item_seq", "behavior_seq", "time_seq")})
 
-# %% ../nbs/03_sequences.ipynb #cell-64
+# %% ../nbs/03_sequences.ipynb #cell-66
 def next_items(batch):
     "int64 (B,L): the item that follows each column, 0 where there is no label."
     y = torch.cat([batch.item_seq[:, 1:], batch.target[:, None]], 1)
@@ -552,7 +558,7 @@ def asked_behaviors(batch):
     "int64 (B,L+1): the behavior that each event, and behind them the target, is asked by: what was done, or of an event group what a case would ask for."
     return torch.cat([batch.extra.get("asked", batch.behavior_seq), batch.target_behavior[:, None]], 1)
 
-# %% ../nbs/03_sequences.ipynb #cell-67
+# %% ../nbs/03_sequences.ipynb #cell-69
 def prefixes(batch, max_len):
     "Every labelled position as an example: row int64 (N,), the newest `max_len` items up to it (N,max_len), left-padded, and the item that follows (N,)."
     y = next_items(batch)
@@ -560,7 +566,7 @@ def prefixes(batch, max_len):
     windows = torch.nn.functional.pad(batch.item_seq, (max_len - 1, 0)).unfold(1, max_len, 1)
     return row, windows[row, at], y[row, at]
 
-# %% ../nbs/03_sequences.ipynb #cell-70
+# %% ../nbs/03_sequences.ipynb #cell-72
 @dataclass(frozen=True)
 class Prediction:
     "N training positions: the logit of row n and candidate v is `<states[n], table[v]> + bias[v]`."
@@ -573,12 +579,12 @@ class Prediction:
     copy: torch.Tensor | None = None             # (N,2) of a repeat head: log P(repeat, right item), log P(explore)
     among: torch.Tensor | None = None            # (N,C) rows of the table that can be right at all, 0 = none; None = every row
 
-# %% ../nbs/03_sequences.ipynb #cell-72
+# %% ../nbs/03_sequences.ipynb #cell-74
 def own_items(batch, row):
     "int64 (N,L+1): history and target of the rows `row` (N,) of a Batch, 0 = none; for `Prediction.exclude`."
     return torch.cat([batch.item_seq, batch.target[:, None]], 1)[row]
 
-# %% ../nbs/03_sequences.ipynb #cell-75
+# %% ../nbs/03_sequences.ipynb #cell-77
 def at_labels(h, batch, table, last=False):
     "States h (B,T,D) of the newest T columns -> Prediction at every column that has a label, or with `last` at the newest alone."
     y = next_items(batch)[:, -h.shape[1]:]
@@ -591,7 +597,7 @@ def at_beginnings(states, batch, table, max_len):
     row, read, y = prefixes(batch, min(max_len, batch.item_seq.shape[1]))
     return Prediction(states(read)[:, -1], y, table, exclude=own_items(batch, row))
 
-# %% ../nbs/03_sequences.ipynb #cell-77
+# %% ../nbs/03_sequences.ipynb #cell-79
 def item_scores(states, table, bias=None):
     "States (...,D), item vectors (V,D), bias (V,) -> (...,V) float32 scores `<state, table[v]> + bias[v]`; the pad column is -inf."
     scores = (states @ table.T if bias is None else states @ table.T + bias).float()

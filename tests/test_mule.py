@@ -20,7 +20,7 @@ from mbnb.losses.ce import CE
 from mbnb.models.mule import MULE
 from mbnb.models.sigma_mule import SigmaMuLe
 from mbnb.runs import load_run
-from mbnb.sequences import collate, train_counts
+from mbnb.sequences import behavior_blind, collate, train_counts
 
 BOTH = pytest.mark.parametrize("cls", (MULE, SigmaMuLe))
 
@@ -35,13 +35,6 @@ def made(cls, data, **changes):
     model = cls(cls.Config.small(data.n_items, len(data.users), data.n_behaviors, **changes))
     model.prepare(data)
     return model.eval()
-
-
-def blind(sequences):
-    "The same log with one behavior for everything."
-    same = lambda cases: replace(cases, target_behavior=np.ones_like(cases.target_behavior))
-    return replace(sequences, behavior=np.ones_like(sequences.behavior), behaviors=("", "any"),
-                   **{k: same(sequences.cases(k)) for k in ("train", "valid", "test")})
 
 
 def pairs(edges): return set(map(tuple, np.asarray(edges).T.tolist()))
@@ -185,7 +178,7 @@ def test_empty_intersected_graph(shop):
 def test_one_behavior_alone():
     "A set without auxiliary behaviors has one graph to walk, twice."
     data = datasets.load("toyshop-tiny")
-    one = blind(data)
+    one = behavior_blind(data)
     model = made(MULE, one)
     x = torch.cat([model.grains.users.weight, model.grains.items.weight])
     g = Graph(train_edges(one), len(one.users), one.n_items)
@@ -462,7 +455,7 @@ def after(model, sequences, shop, kind):
 def test_sigma_mule_above_its_blind_twin_after_a_buy():
     "A purchase says what comes next; a twin without behaviors in row and graph cannot know. After a view there is less to know."
     shop = datasets.load("toyshop")
-    models = [(trained(s), s) for s in (shop, blind(shop))]
+    models = [(trained(s), s) for s in (shop, behavior_blind(shop))]
     buys, views = ([after(model, s, shop, kind) for model, s in models] for kind in ("after_buy", "after_view"))
     gain, p = float(buys[0].mean() - buys[1].mean()), stats.permutation_test(*buys)
     print(f"after a buy {buys[0].mean():.4f} against {buys[1].mean():.4f}, p {p:.4f}")
